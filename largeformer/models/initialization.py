@@ -1,0 +1,47 @@
+"""Initial weights that depend on the seed and the parameter's global name, never on the layout.
+
+Every rank draws the whole of a parameter from a generator seeded by its name and keeps its part: one parameter at a time, so
+the cost is one full parameter of memory. The distribution is that of GPT-2 and Megatron: normal with `init_method_std`,
+divided by sqrt(2 * layers) for projections that write to the residual stream (Radford et al. 2019, section 2.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from largeformer.config.schema import ModelConfig
+from largeformer.models.shards import describe
+
+_RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+
+
+@torch.no_grad()
+def initialize(chunks: Sequence[torch.nn.Module], seed: int, model: ModelConfig, vocab_size: int) -> None:
+    """Fill every parameter of this rank's chunks in place. Rows of the padded vocabulary beyond `vocab_size` become zero."""
+    for shard in describe(chunks):
+        values = shard.of(shard.parameter.data)
+        if "norm" in shard.key and shard.key.endswith("weight"):
+            values.fill_(1.0)
+        elif shard.key.endswith("bias"):
+            values.zero_()
+        else:
+            shape = list(shard.global_shape)
+            if shard.key.endswith(_VOCABULARY):
+                shape[0] = vocab_size
+            std = model.init_method_std / (math.sqrt(2.0 * model.num_layers) if shard.key.endswith(_RESIDUAL) else 1.0)
+            whole = torch.empty(shape, dtype=torch.float32, device=values.device)
+            whole.normal_(0.0, std, generator=generator_for(seed, shard.key, values.device))
+            mine = whole[shard.block]  # slicing past the end of the unpadded vocabulary gives the rows that are there
+            values.zero_()
+            values[: mine.shape[0]] = mine
+
+
+def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator on `device` that depends on the seed and the name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,121 @@
+"""The device of this process, and the only place that teaches Megatron-core to run without CUDA.
+
+Megatron-core 0.16 asks for CUDA by name in five spots: the current device, `Tensor.cuda()`, `torch.cuda.synchronize`, one
+`torch.zeros(..., device="cuda")` in each schedule, and the random-state tracker. On a machine without a GPU these are
+answered by their CPU counterparts; nothing else of the library changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_TRACKED = "model-parallel-rng"
+
+
+def prepare_device(local_rank: int) -> torch.device:
+    """Select this process's device: GPU number `local_rank` where CUDA is there, else the CPU, adapted."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _adapt_megatron_to_cpu()
+    return torch.device("cpu")
+
+
+def seed_ranks(seed: int, tensor: int, data: int, pipeline: int) -> None:
+    """Seed dropout: alike over tensor-parallel ranks outside their regions, different inside, and over data and pipeline.
+
+    Arguments are the recipe's seed and the rank's coordinates. (Megatron's scheme: one tracked state beside the default.)
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    shared = seed + 100_003 * pipeline + 1_009 * data
+    torch.manual_seed(shared)
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add(_TRACKED, shared + 2718 + tensor)
+
+
+def rng_states() -> dict[str, torch.Tensor]:
+    """Every random state that training draws from, as uint8 tensors."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = {"torch": torch.get_rng_state(), **{f"tracker.{k}": v for k, v in get_cuda_rng_tracker().get_states().items()}}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `rng_states`."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states({k.removeprefix("tracker."): v for k, v in states.items() if k.startswith("tracker.")})
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _adapt_megatron_to_cpu() -> None:
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    schedules.torch = _TorchOnCpu("torch")
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, _cpu_tracker_class()):
+        megatron_random._CUDA_RNG_STATE_TRACKER = _cpu_tracker_class()()
+        megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+class _TorchOnCpu(ModuleType):
+    """The `torch` that the schedules see: `zeros` answers a request for CUDA on the CPU, all else is torch itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
+
+
+def _cpu_tracker_class() -> type:
+    """Megatron's tracker over torch's CPU generator. A subclass, since the library tests for its type; made on demand and
+    kept on the library's module, so that importing this file imports no Megatron."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    made = getattr(megatron_random, "CpuRNGStatesTracker", None)
+    if made is not None:
+        return made  # type: ignore[no-any-return]
+
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc,name-defined]
+        def add(self, name: str, seed: int) -> None:
+            before = torch.get_rng_state()
+            torch.manual_seed(seed)
+            self.set_states({**self.states_, name: torch.get_rng_state()})
+            torch.set_rng_state(before)
+
+        @contextlib.contextmanager
+        def fork(self, name: str = _TRACKED) -> Iterator[None]:
+            outside, outer_name = torch.get_rng_state(), self._current_state_name
+            torch.set_rng_state(self.states_[name] if outer_name != name else outside)
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside if outer_name != name else self.states_[name])
+                self._current_state_name = outer_name
+
+    megatron_random.CpuRNGStatesTracker = CpuRNGStatesTracker
+    return CpuRNGStatesTracker
