@@ -19,6 +19,7 @@ from largeformer.layout import stage_layers
 from largeformer.models.initialization import initialize
 from largeformer.models.layers import block_spec
 from largeformer.models.losses import HeadCrossEntropy
+from largeformer.models.shards import describe
 from largeformer.parallel.groups import ParallelGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -132,7 +133,11 @@ def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> l
             loss_chunk_size=recipe.train.loss_chunk_size,
         )
         chunks.append(chunk.to(device))
-    initialize(chunks, recipe.run.seed, recipe.model, recipe.tokenizer.vocab_size)
+    shards = describe(chunks)
+    for shard in shards:
+        # Gradient norms count a sharded parameter on every tensor-parallel rank, any other on the first alone.
+        shard.parameter.tensor_model_parallel = shard.shape != shard.global_shape
+    initialize(shards, recipe.run.seed, recipe.model, recipe.tokenizer.vocab_size)
     return chunks
 
 
@@ -173,7 +178,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # Interleaving is silently wrong without these two, and they fail without interleaving.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
+        # Interleaved sends are still under way when the schedule would free their memory, which gloo does not survive.
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and not interleaved,
+        calculate_per_token_loss=True,
         recompute_granularity=train.recompute_granularity,
         recompute_method=(train.recompute_method or "uniform") if full else None,
         recompute_num_layers=(train.recompute_num_layers or 1) if full else None,

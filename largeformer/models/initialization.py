@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 
 from largeformer.config.schema import ModelConfig
-from largeformer.models.shards import describe
+from largeformer.models.shards import Shard
 
 _RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
-def initialize(chunks: Sequence[torch.nn.Module], seed: int, model: ModelConfig, vocab_size: int) -> None:
-    """Fill every parameter of this rank's chunks in place. Rows of the padded vocabulary beyond `vocab_size` become zero."""
-    for shard in describe(chunks):
+def initialize(shards: Sequence[Shard], seed: int, model: ModelConfig, vocab_size: int) -> None:
+    """Fill the parameters of this rank in place. Rows of the padded vocabulary beyond `vocab_size` become zero."""
+    for shard in shards:
         values = shard.of(shard.parameter.data)
         if "norm" in shard.key and shard.key.endswith("weight"):
             values.fill_(1.0)

@@ -1,0 +1,123 @@
+"""Parameters and FLOPs of a GPT by formula, and the peak that MFU compares with. Importing it does not import torch.
+
+Only matrix products count, two FLOPs a multiply-add, and a training step is three forward passes: one forward, two backward.
+Attention scores are counted in full, not halved for the causal mask, and recomputation is not counted: model FLOPs
+as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and Megatron-LM (Narayanan et al. 2021, arXiv:2104.04473,
+appendix), so that an MFU compares with published ones. For multi-head attention, an MLP of 4h and `N` matrix parameters this
+is PaLM's `6N + 12 l h s` a token; here grouped queries and gated MLPs are exact too.
+
+h hidden size, s sequence, v vocabulary (rows of the output layer, padding included, since they are multiplied), f width of the
+MLP, l layers, q = heads x head size, k = query groups x head size
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+from largeformer.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+TRAINING_PASSES = 3
+"""Forward passes' worth of work in a step: the backward pass multiplies twice for each product of the forward."""
+
+
+def forward_flops_per_token(model: ModelConfig, vocab: int) -> int:
+    """FLOPs of one forward pass, a token, in a sequence of `seq_length`."""
+    h, s, f = model.hidden_size, model.seq_length, model.ffn_size
+    q, k = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+    projections = 2 * h * (q + 2 * k) + 2 * q * h
+    scores = 2 * s * q + 2 * s * q  # queries x keys, then probabilities x values
+    mlp = 2 * h * f * (3 if model.activation == "swiglu" else 2)
+    return model.num_layers * (projections + scores + mlp) + 2 * h * vocab
+
+
+def flops_per_token(model: ModelConfig, vocab: int) -> int:
+    """FLOPs of one training step, a token, of the whole model."""
+    return TRAINING_PASSES * forward_flops_per_token(model, vocab)
+
+
+def parameter_count(model: ModelConfig, vocab: int) -> int:
+    """Parameters of the whole model, with `vocab` rows in its embedding."""
+    h, f = model.hidden_size, model.ffn_size
+    q, k = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+    norm = h * (2 if model.normalization == "LayerNorm" else 1)
+    up = f * (2 if model.activation == "swiglu" else 1)
+    weights = h * (q + 2 * k) + q * h + h * up + f * h
+    biases = (h + up + h) if model.add_bias_linear else 0
+    if model.add_bias_linear or model.add_qkv_bias:
+        biases += q + 2 * k
+    embeddings = vocab * h * (1 if model.tie_embeddings else 2)
+    positions = model.seq_length * h if model.position_embedding == "learned" else 0
+    return embeddings + positions + model.num_layers * (weights + biases + 2 * norm) + norm
+
+
+# name pattern, TFLOP/s for bf16 and fp16, TFLOP/s for fp32 matrices; dense, by the vendors' data sheets. fp32 is TF32 on tensor
+# cores where the GPU has it. The first match wins.
+_PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
+    (r"\bGB200\b", 2500.0, 1250.0),
+    (r"\bB200\b", 2250.0, 1125.0),
+    (r"\bH200 NVL\b", 835.5, 417.5),
+    (r"\bH200\b", 989.4, 494.7),
+    (r"\bGH200\b", 989.4, 494.7),
+    (r"\bH100 PCIe\b", 756.0, 378.0),
+    (r"\bH100 NVL\b", 835.5, 417.5),
+    (r"\bH[18]00\b", 989.4, 494.7),
+    (r"\bA[18]00\b", 312.0, 156.0),
+    (r"\bA40\b", 149.7, 74.8),
+    (r"\bA30\b", 165.0, 82.0),
+    (r"\bA10\b", 125.0, 62.5),
+    (r"\bL40S\b", 362.0, 183.0),
+    (r"\bL40\b", 181.0, 90.5),
+    (r"\bL4\b", 121.0, 60.0),
+    (r"\bRTX 4090$", 165.2, 82.6),
+    (r"\bRTX 3090$", 71.0, 35.6),
+    (r"\bV100\b", 125.0, 15.7),
+    (r"\bT4\b", 65.0, 8.1),
+    (r"\bMI300X\b", 1307.4, 653.7),
+)
+
+
+def known_peak_flops(gpu_name: str, precision: str) -> float | None:
+    """Dense peak of a GPU in FLOP/s at `precision` (bf16, fp16, fp32); None for one not in the table, or for a MIG slice of one."""
+    if "MIG" in gpu_name:
+        return None
+    for pattern, half, full in _PEAK_TFLOPS:
+        if re.search(pattern, gpu_name, re.IGNORECASE):
+            return (full if precision == "fp32" else half) * 1e12
+    return None
+
+
+def peak_flops(precision: str, device: torch.device) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else what a matrix product reaches here."""
+    import torch
+
+    known = known_peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return known or measure_peak_flops(dtypes[precision], device)
+
+
+def measure_peak_flops(dtype: torch.dtype, device: torch.device, budget_s: float = 0.5) -> float:
+    """Best FLOP/s of square matrix products of growing size, within about `budget_s` seconds."""
+    import torch
+
+    def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    deadline = time.perf_counter() + budget_s
+    best, repetitions = 0.0, 4
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds(left, right)  # the first product of a size pays for choosing a kernel
+        fastest = min(seconds(left, right) for _ in range(repetitions))
+        best = max(best, 2 * size**3 / fastest)
+        if time.perf_counter() + 8 * fastest * (repetitions + 1) > deadline:
+            break
+    return best

@@ -1,0 +1,167 @@
+"""DeepSpeed's engine around Megatron-core's modules: the only user of `deepspeed.initialize`.
+
+DeepSpeed owns the optimizer, ZeRO, loss scaling and the step; without a pipeline its engine also runs forward and backward,
+with one Megatron-core's schedules drive the modules and DeepSpeed is told when the accumulation is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from largeformer.config.schema import Recipe
+from largeformer.parallel.batch import Batch
+from largeformer.parallel.groups import ParallelGroups
+from largeformer.parallel.pipeline import evaluate_loss, forward_loss, run_pipeline
+from largeformer.training.gradients import clip_gradients, hook_penalties, hook_sequence_parallel, sum_tied_gradients
+from largeformer.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. `loss`: nats per valid token of the whole global batch, alike on every rank. `grad_norm`: before
+    clipping, unscaled; None where the step was skipped. `skipped`: gradients overflowed and no weight changed."""
+
+    loss: float
+    tokens: int
+    grad_norm: float | None
+    loss_scale: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What a forward and backward over one global batch left behind, beside the gradients; the fields are `StepResult`'s."""
+
+    loss: float
+    tokens: int
+    loss_scale: float
+
+
+class Engine:
+    """Trains the chunks that it was given."""
+
+    def __init__(self, wrapped: Any, chunks: Sequence[torch.nn.Module], groups: ParallelGroups, penalty: PenaltyScale) -> None:
+        self.wrapped = wrapped
+        self.chunks = list(chunks)
+        self.groups = groups
+        self._penalty = penalty
+        self._zero_stage = wrapped.zero_optimization_stage()
+        self._pipelined = groups.layout.pipeline > 1
+        if self._pipelined:
+            wrapped.pipeline_parallelism = True
+            wrapped.enable_backward_allreduce = False
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale that the next backward uses; 1 outside fp16."""
+        return float(getattr(self.wrapped.optimizer, "cur_scale", 1.0)) if self.wrapped.fp16_enabled() else 1.0
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and step over this data rank's micro batches of one global batch, at learning rate `lr`."""
+        return self.step(self.accumulate(batches), lr)
+
+    def accumulate(self, batches: Sequence[Batch]) -> Accumulated:
+        """Forward and backward over all micro batches; the gradients are summed, reduced and wait for `step`."""
+        for chunk in self.chunks:
+            chunk.train()
+        tokens = self._valid_tokens(batches)
+        # DeepSpeed averages gradients over data-parallel ranks; the loss is a mean over all valid tokens of the global batch.
+        scale = self.groups.layout.data / max(tokens, 1)
+        loss_scale = self.loss_scale
+        self._penalty.value = loss_scale / len(batches)
+        loss_sum = self._pipeline_pass(batches, scale * loss_scale) if self._pipelined else self._plain_pass(batches, scale)
+        dist.all_reduce(loss_sum, group=self.groups.data)
+        return Accumulated(loss=loss_sum.item() / max(tokens, 1), tokens=tokens, loss_scale=loss_scale)
+
+    def step(self, accumulated: Accumulated, lr: float) -> StepResult:
+        """Clip and step; a step whose gradients overflowed is skipped."""
+        for group in self.wrapped.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._norm_without_zero() if self._zero_stage == 0 else None
+        self.wrapped.step()
+        skipped = not self.wrapped.was_step_applied()
+        if self._zero_stage > 0 and not skipped:
+            norm = float(self.wrapped.get_global_grad_norm())
+        return StepResult(accumulated.loss, accumulated.tokens, None if skipped else norm, accumulated.loss_scale, skipped)
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """The summed loss in nats, and the number of valid tokens, over the data-parallel ranks' micro batches."""
+        for chunk in self.chunks:
+            chunk.eval()
+        loss_sum = evaluate_loss(self.chunks, batches, self.groups)
+        dist.all_reduce(loss_sum, group=self.groups.data)
+        return loss_sum.item(), self._valid_tokens(batches)
+
+    def _plain_pass(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        for number, batch in enumerate(batches, start=1):
+            self.wrapped.set_gradient_accumulation_boundary(number == len(batches))
+            loss = forward_loss(self.wrapped, batch)
+            self.wrapped.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def _pipeline_pass(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+        self.wrapped.set_gradient_accumulation_boundary(False)
+        losses = run_pipeline(self.chunks, batches, self.groups, scale)
+        self.wrapped.set_gradient_accumulation_boundary(True)
+        sum_tied_gradients(self.chunks, self.groups)
+        self.wrapped.allreduce_gradients()
+        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        for loss in losses:
+            total += loss
+        return self.groups.from_last_stage(total)
+
+    def _norm_without_zero(self) -> float:
+        # DeepSpeed's own clipping counts the second copy of a tied embedding and reports no norm.
+        return clip_gradients(self.chunks, self.wrapped.gradient_clipping(), self.groups)
+
+    def _valid_tokens(self, batches: Sequence[Batch]) -> int:
+        counted = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
+        dist.all_reduce(counted, group=self.groups.data)
+        return round(counted.item())
+
+
+@dataclass
+class PenaltyScale:
+    """What one micro batch's backward multiplies the L1 and L2 gradient by; set before each step."""
+
+    value: float = 1.0
+
+
+def build_engine(recipe: Recipe, chunks: Sequence[torch.nn.Module], groups: ParallelGroups, deepspeed_config: dict[str, Any]) -> Engine:
+    """Wrap this rank's chunks. `deepspeed_config` is resolved: it holds no "auto"."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    penalty = PenaltyScale()
+    hook_sequence_parallel(chunks, groups)
+    hook_penalties(chunks, recipe.optimizer, penalty)
+    if recipe.train.compile:
+        compile_layers(chunks)
+    module = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+    zero = deepspeed_config.get("zero_optimization", {})
+    optimizer = build_optimizer(recipe.optimizer, module.parameters(), offloaded=bool(zero.get("offload_optimizer")))
+    wrapped, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config, mpu=groups.mpu(), dist_init_required=False
+    )
+    if wrapped.zero_optimization_stage() == 0:
+        wrapped.clip_fp32_gradients = lambda: None  # clipped before the step, see `_norm_without_zero`
+    return Engine(wrapped, chunks, groups, penalty)
+
+
+def compile_layers(chunks: Sequence[torch.nn.Module]) -> None:
+    """`torch.compile` each Transformer layer in place. Layers are alike, so one compilation serves all."""
+    from megatron.core.tensor_parallel import layers
+
+    # The library warns once, through an attribute of the function, which a compiled layer cannot set.
+    layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.compile()
