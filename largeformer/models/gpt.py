@@ -19,7 +19,7 @@ from largeformer.layout import stage_layers
 from largeformer.models.initialization import initialize
 from largeformer.models.layers import block_spec
 from largeformer.models.losses import HeadCrossEntropy
-from largeformer.models.shards import describe
+from largeformer.models.shards import Shard, describe
 from largeformer.parallel.groups import ParallelGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,8 +100,8 @@ class GPT(GPTModel):  # type: ignore[misc]
         return self.output_layer(hidden_states, weight=weight, labels=labels, loss_mask=loss_mask)
 
 
-def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> list[GPT]:
-    """This rank's part of the model, initialised: one chunk, or one per virtual pipeline stage.
+def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> tuple[list[GPT], list[Shard]]:
+    """This rank's part of the model, initialised: one chunk, or one per virtual pipeline stage; and what its parameters hold.
 
     The parameters' dtype is that of `train.precision`; their values depend on the seed and their global names alone.
     """
@@ -133,12 +133,14 @@ def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> l
             loss_chunk_size=recipe.train.loss_chunk_size,
         )
         chunks.append(chunk.to(device))
-    shards = describe(chunks)
+        for parameter in chunk.parameters():
+            parameter.data.zero_()  # rows that pad the vocabulary stay so
+    shards = describe(chunks, recipe.tokenizer.vocab_size)
     for shard in shards:
         # Gradient norms count a sharded parameter on every tensor-parallel rank, any other on the first alone.
         shard.parameter.tensor_model_parallel = shard.shape != shard.global_shape
-    initialize(shards, recipe.run.seed, recipe.model, recipe.tokenizer.vocab_size)
-    return chunks
+    initialize(shards, recipe.run.seed, recipe.model)
+    return chunks, shards
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> TransformerConfig:

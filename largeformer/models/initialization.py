@@ -17,12 +17,11 @@ from largeformer.config.schema import ModelConfig
 from largeformer.models.shards import Shard
 
 _RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
-def initialize(shards: Sequence[Shard], seed: int, model: ModelConfig, vocab_size: int) -> None:
-    """Fill the parameters of this rank in place. Rows of the padded vocabulary beyond `vocab_size` become zero."""
+def initialize(shards: Sequence[Shard], seed: int, model: ModelConfig) -> None:
+    """Fill the parameters of this rank in place."""
     for shard in shards:
         values = shard.of(shard.parameter.data)
         if "norm" in shard.key and shard.key.endswith("weight"):
@@ -30,15 +29,10 @@ def initialize(shards: Sequence[Shard], seed: int, model: ModelConfig, vocab_siz
         elif shard.key.endswith("bias"):
             values.zero_()
         else:
-            shape = list(shard.global_shape)
-            if shard.key.endswith(_VOCABULARY):
-                shape[0] = vocab_size
             std = model.init_method_std / (math.sqrt(2.0 * model.num_layers) if shard.key.endswith(_RESIDUAL) else 1.0)
-            whole = torch.empty(shape, dtype=torch.float32, device=values.device)
+            whole = torch.empty(shard.global_shape, dtype=torch.float32, device=values.device)
             whole.normal_(0.0, std, generator=generator_for(seed, shard.key, values.device))
-            mine = whole[shard.block]  # slicing past the end of the unpadded vocabulary gives the rows that are there
-            values.zero_()
-            values[: mine.shape[0]] = mine
+            values.copy_(whole[shard.block])
 
 
 def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:

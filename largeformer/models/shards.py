@@ -6,6 +6,7 @@ parameters apart. Initialisation, parity and checkpoints all speak of the model 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 # Without the first, layers share a key and the last one silently wins; without the second, so do the halves of SwiGLU.
 METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": True}
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
 class Shard:
     """Rows `rows` (along dimension 0) of `parameter` are the block at `offset` of the global tensor `key`.
 
-    `main` is true on exactly one of the ranks that hold the block: the one that counts it, or writes it.
+    `main` is true on exactly one of the ranks that hold the block: the one that counts it, or writes it. Rows that only pad the
+    vocabulary belong to no shard: padding depends on the layout, and holds nothing.
     """
 
     key: str
@@ -43,16 +46,21 @@ class Shard:
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
 
-def describe(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
-    """The shards of every parameter of this rank's model chunks. Call before `deepspeed.initialize`."""
+def describe(chunks: Sequence[torch.nn.Module], vocab_size: int) -> list[Shard]:
+    """The shards of every parameter of this rank's model chunks. Call before `deepspeed.initialize`.
+
+    `vocab_size`: without padding.
+    """
     shards = []
     for index, chunk in enumerate(chunks):
         state = chunk.sharded_state_dict(metadata=dict(METADATA))
         apply_factories(state)
         prefix = f"{index}." if len(chunks) > 1 else ""
         owners = {p.untyped_storage().data_ptr(): (prefix + name, p) for name, p in chunk.named_parameters()}
-        shards += [_shard(tensor, *owners[tensor.data.untyped_storage().data_ptr()]) for tensor in _tensors(nested_values(state))]
-    return shards
+        for tensor in _tensors(nested_values(state)):
+            shard = _shard(tensor, *owners[tensor.data.untyped_storage().data_ptr()])
+            shards.append(_without_padding(shard, vocab_size) if shard.key.endswith(VOCABULARY) else shard)
+    return [shard for shard in shards if 0 not in shard.shape]
 
 
 def _tensors(values: Iterable[object]) -> Iterable[ShardedTensor]:
@@ -71,6 +79,16 @@ def _shard(tensor: ShardedTensor, name: str, parameter: torch.nn.Parameter) -> S
         offset=tuple(tensor.global_offset),
         global_shape=tuple(tensor.global_shape),
         main=_is_main(tensor.replica_id),
+    )
+
+
+def _without_padding(shard: Shard, vocab_size: int) -> Shard:
+    real = min(max(vocab_size - shard.offset[0], 0), shard.shape[0])
+    return dataclasses.replace(
+        shard,
+        rows=slice(shard.rows.start, shard.rows.start + real),
+        shape=(real, *shard.shape[1:]),
+        global_shape=(vocab_size, *shard.global_shape[1:]),
     )
 
 

@@ -28,6 +28,19 @@ def prepare_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def machine_problems(precision: str, local_rank: int) -> list[str]:
+    """What this machine lacks for `precision`; empty where nothing is."""
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            return [f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start as many ranks as GPUs"]
+        if precision == "bf16" and not torch.cuda.is_bf16_supported():
+            return [f"train.precision bf16 is not supported by {torch.cuda.get_device_name(local_rank)}: use fp16 or fp32"]
+        return []
+    if precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return ["train.precision fp16 needs a GPU, or a CPU with fp16 arithmetic, which this one lacks: use bf16 or fp32"]
+    return []
+
+
 def seed_ranks(seed: int, tensor: int, data: int, pipeline: int) -> None:
     """Seed dropout: alike over tensor-parallel ranks outside their regions, different inside, and over data and pipeline.
 

@@ -70,11 +70,10 @@ def to_environ(info: RankInfo) -> dict[str, str]:
 
 def first_host(nodelist: str) -> str:
     """The first host of a compressed node list: `gpu[007-012,20],big1` -> `gpu007`, `rack[1-2]node[03-04]` -> `rack1node03`."""
-    first_item = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
-    host = re.sub(r"\[([^\]\-,]+)[^\]]*\]", r"\1", first_item.group()) if first_item else ""
-    if not host or set(host) & set("[], "):
+    first_item = re.fullmatch(r"((?:[^,\[\]\s]|\[[\w,-]+\])+)(?:,.*)?", nodelist)
+    if first_item is None:
         raise BadInputError(f"SLURM_STEP_NODELIST {nodelist!r} is not a list of hosts; set MASTER_ADDR to the host of rank 0")
-    return host
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first_item.group(1))
 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> RankInfo:

@@ -103,6 +103,13 @@ class ParallelGroups:
             dist.broadcast(values, src=dist.get_global_rank(self.pipeline, self.layout.pipeline - 1), group=self.pipeline)
         return values
 
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values, on every rank. Collective over the world."""
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        held = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return held.item()
+
 
 def join_world(rank: int, world_size: int, init_method: str, device: torch.device) -> None:
     """Join the world of `world_size` processes: NCCL on GPUs, gloo on CPUs. Safe to call again."""

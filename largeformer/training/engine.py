@@ -15,11 +15,15 @@ import torch
 import torch.distributed as dist
 
 from largeformer.config.schema import Recipe
+from largeformer.models.shards import Shard
 from largeformer.parallel.batch import Batch
 from largeformer.parallel.groups import ParallelGroups
 from largeformer.parallel.pipeline import evaluate_loss, forward_loss, run_pipeline
 from largeformer.training.gradients import clip_gradients, hook_penalties, hook_sequence_parallel, sum_tied_gradients
 from largeformer.training.optimizer import build_optimizer
+from largeformer.training.state import EngineState
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,11 @@ class Accumulated:
 class Engine:
     """Trains the chunks that it was given."""
 
-    def __init__(self, wrapped: Any, chunks: Sequence[torch.nn.Module], groups: ParallelGroups, penalty: PenaltyScale) -> None:
+    def __init__(
+        self, wrapped: Any, chunks: Sequence[torch.nn.Module], shards: Sequence[Shard], groups: ParallelGroups, penalty: PenaltyScale
+    ) -> None:
         self.wrapped = wrapped
+        self.state = EngineState(wrapped, shards, groups)
         self.chunks = list(chunks)
         self.groups = groups
         self._penalty = penalty
@@ -61,6 +68,15 @@ class Engine:
     def loss_scale(self) -> float:
         """The scale that the next backward uses; 1 outside fp16."""
         return float(getattr(self.wrapped.optimizer, "cur_scale", 1.0)) if self.wrapped.fp16_enabled() else 1.0
+
+    def scaler_state(self) -> dict[str, float | int]:
+        """The loss scaler's numbers (fp16), for a checkpoint."""
+        scaler = getattr(self.wrapped.optimizer, "loss_scaler", None)
+        return {name: value for name in _SCALER if isinstance(value := getattr(scaler, name, None), (int, float))}
+
+    def restore_scaler(self, state: dict[str, float | int]) -> None:
+        for name, value in state.items():
+            setattr(self.wrapped.optimizer.loss_scaler, name, value)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and step over this data rank's micro batches of one global batch, at learning rate `lr`."""
@@ -135,8 +151,14 @@ class PenaltyScale:
     value: float = 1.0
 
 
-def build_engine(recipe: Recipe, chunks: Sequence[torch.nn.Module], groups: ParallelGroups, deepspeed_config: dict[str, Any]) -> Engine:
-    """Wrap this rank's chunks. `deepspeed_config` is resolved: it holds no "auto"."""
+def build_engine(
+    recipe: Recipe,
+    chunks: Sequence[torch.nn.Module],
+    shards: Sequence[Shard],
+    groups: ParallelGroups,
+    deepspeed_config: dict[str, Any],
+) -> Engine:
+    """Wrap this rank's chunks, described by `shards`. `deepspeed_config` is resolved: it holds no "auto"."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
@@ -153,7 +175,7 @@ def build_engine(recipe: Recipe, chunks: Sequence[torch.nn.Module], groups: Para
     )
     if wrapped.zero_optimization_stage() == 0:
         wrapped.clip_fp32_gradients = lambda: None  # clipped before the step, see `_norm_without_zero`
-    return Engine(wrapped, chunks, groups, penalty)
+    return Engine(wrapped, chunks, shards, groups, penalty)
 
 
 def compile_layers(chunks: Sequence[torch.nn.Module]) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from largeformer.config.schema import OptimizerConfig
 from largeformer.parallel.groups import ParallelGroups
+from largeformer.training.regularization import penalty_gradient
 
 
 class Scale(Protocol):
@@ -43,7 +44,7 @@ def hook_penalties(chunks: Sequence[torch.nn.Module], config: OptimizerConfig, s
         return
 
     def hook(parameter: torch.nn.Parameter) -> None:
-        parameter.register_hook(lambda grad: grad + scale.value * (l1 * parameter.detach().sign() + l2 * parameter.detach()))
+        parameter.register_hook(lambda grad: grad + scale.value * penalty_gradient(parameter.detach(), l1, l2))
 
     for parameter in _parameters(chunks):
         if parameter.dim() > 1 and not _counted_elsewhere(parameter):

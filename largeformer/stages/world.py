@@ -1,0 +1,107 @@
+"""Entering the world that the launcher made: device, process groups, and what all ranks must agree on before work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Status, write_status
+from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
+from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
+from largeformer.launching.local import free_port
+from largeformer.parallel.environment import RankInfo, discover, to_environ
+
+if TYPE_CHECKING:
+    import torch
+
+    from largeformer.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank, its device and its groups under the recipe's layout; `deepspeed` is the resolved config for it."""
+
+    info: RankInfo
+    device: torch.device
+    groups: ParallelGroups
+    deepspeed: dict[str, Any]
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0 while the others wait. Bad input that it finds is raised on every rank."""
+        import torch.distributed as dist
+
+        problems: list[list[str] | None] = [None]
+        if self.info.is_main:
+            try:
+                work()
+            except BadInputError as error:
+                problems = [error.problems]
+        dist.broadcast_object_list(problems, src=0, device=self.device)
+        if problems[0] is not None:
+            raise BadInputError(problems[0])
+
+    def regroup(self, recipe: Recipe) -> World:
+        """The same ranks under another layout."""
+        from largeformer.parallel.groups import create_groups, destroy_groups
+
+        destroy_groups()
+        return replace(self, groups=create_groups(recipe.layout(self.info.world_size)))
+
+
+@contextlib.contextmanager
+def enter_world(recipe: Recipe) -> Iterator[World]:
+    """Join the other ranks. Raises BadInputError, before anything heavy, where recipe, world and machine do not fit."""
+    info = discover(os.environ)
+    deepspeed = resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
+    if info.master_port == 0:
+        info = replace(info, master_port=free_port())
+    os.environ.update(to_environ(info))
+    _quieten_libraries()
+    from largeformer.parallel.device import machine_problems, prepare_device, seed_ranks
+    from largeformer.parallel.groups import create_groups, destroy_groups, join_world
+
+    if problems := machine_problems(recipe.train.precision, info.local_rank):
+        raise BadInputError(problems)
+    device = prepare_device(info.local_rank)
+    join_world(info.rank, info.world_size, f"tcp://{info.master_addr}:{info.master_port}", device)
+    groups = create_groups(recipe.layout(info.world_size))
+    at = groups.coordinates
+    seed_ranks(recipe.run.seed, at.tensor, at.data, at.pipeline)
+    try:
+        yield World(info, device, groups, deepspeed)
+    finally:
+        destroy_groups()
+
+
+@contextlib.contextmanager
+def reporting(recipe: Recipe, stage: str) -> Iterator[Callable[[Status], None]]:
+    """Keep `status.json` true while `stage` runs. The block may say that it ends as something else than finished."""
+    folder = Path(recipe.run.output_dir)
+    is_main = discover(os.environ).is_main
+    ends: list[Status] = ["finished"]
+    if is_main:
+        write_status(folder, "running", stage=stage)
+    try:
+        yield ends.append
+    except BaseException as error:
+        if is_main:
+            write_status(folder, "failed", stage=stage, error=f"{type(error).__name__}: {error}")
+        raise
+    if is_main:
+        write_status(folder, ends[-1], stage=stage)
+
+
+def _quieten_libraries() -> None:
+    """Megatron-core warns at import of each optional package that is missing, DeepSpeed logs every setting: neither is news."""
+    import logging
+
+    for module in (r"megatron\.", r"deepspeed\.", r"torch\.distributed\."):
+        warnings.filterwarnings("ignore", module=module)
+    for name in ("DeepSpeed", "megatron", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)

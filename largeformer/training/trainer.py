@@ -1,0 +1,154 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from largeformer.config.schema import TrainConfig
+from largeformer.evaluation.perplexity import LossTotal
+from largeformer.parallel.batch import Batch
+from largeformer.tracking.tracker import Tracker
+from largeformer.training.checkpointing import Progress, TrainingState
+from largeformer.training.early_stopping import EarlyStopping
+from largeformer.training.engine import Engine, StepResult
+from largeformer.training.metrics import Machine, StepMetrics, peak_memory_gib
+from largeformer.training.schedule import LearningRateSchedule
+
+Outcome = Literal["finished", "stopped early", "exit requested"]
+
+
+class BatchSource(Protocol):
+    """This data rank's micro batches of one global batch after another."""
+
+    @property
+    def consumed_samples(self) -> int: ...
+
+    def next(self) -> list[Batch]: ...
+
+
+@dataclass
+class Training:
+    """A run, assembled: what `fit` works with. Only `progress` and `engine` change as it goes on."""
+
+    train: TrainConfig
+    engine: Engine
+    data: BatchSource
+    schedule: LearningRateSchedule
+    early_stopping: EarlyStopping
+    tracker: Tracker
+    machine: Machine
+    device: torch.device
+    validate: Callable[[], LossTotal]
+    save: Callable[[TrainingState], Path]
+    save_interval: int | None
+    wandb_run_id: str | None = None
+    progress: Progress = Progress()
+
+
+def fit(run: Training) -> Outcome:
+    """Train until `train_iters`, early stopping or a requested exit; validate, save and report on the way."""
+    watch = _StopWatch(run)
+    outcome: Outcome = "finished"
+    while run.progress.step < run.train.train_iters:
+        lr = run.schedule.at(run.progress.next_optimizer_step)
+        result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
+        run.progress = run.progress.after(result, run.data.consumed_samples)
+        watch.lap(result, lr)
+        if _due(run, run.train.log_interval):
+            watch.report()
+        if _due(run, run.train.eval_interval) and _validate(run, watch):
+            outcome = "stopped early"
+        if _exit_requested(run, watch.minutes):
+            outcome = "exit requested"
+        if outcome != "finished":
+            break
+        if run.save_interval and run.progress.step % run.save_interval == 0 and run.progress.step < run.train.train_iters:
+            _save(run, watch)
+    _save(run, watch)
+    return outcome
+
+
+def _due(run: Training, interval: int) -> bool:
+    return run.progress.step % interval == 0 or run.progress.step == run.train.train_iters
+
+
+def _exit_requested(run: Training, minutes: float) -> bool:
+    limit = run.train.exit_duration_minutes
+    # Clocks differ: the slowest rank decides for all, so that all leave at the same step.
+    too_long = limit is not None and run.engine.groups.largest(minutes) >= limit
+    return too_long or run.progress.step == run.train.exit_iteration
+
+
+def _validate(run: Training, watch: _StopWatch) -> bool:
+    """Returns whether to stop early."""
+    with watch.paused():
+        total = run.validate()
+    row = {"val_loss": total.loss, "val_bits_per_byte": total.bits_per_byte}
+    run.tracker.log({"step": run.progress.step, **row})
+    stop = run.early_stopping.update(row[run.early_stopping.metric])
+    if stop:
+        run.tracker.event("stopped early", run.progress.step, metric=run.early_stopping.metric, best=run.early_stopping.best)
+    return stop
+
+
+def _save(run: Training, watch: _StopWatch) -> None:
+    with watch.paused():
+        path = run.save(TrainingState(run.progress, run.early_stopping.state_dict(), run.wandb_run_id))
+    run.tracker.event("saved", run.progress.step, checkpoint=path.name)
+
+
+def _on_device(batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+    return [batch.to(device) for batch in batches]
+
+
+class _StopWatch:
+    """Times steps, without what happens between them, and reports a row at a time."""
+
+    def __init__(self, run: Training) -> None:
+        self._run = run
+        self._started = self._last = time.monotonic()
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0
+        self._result: StepResult | None = None
+        self._lr = 0.0
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self._started) / 60
+
+    def lap(self, result: StepResult, lr: float) -> None:
+        now = time.monotonic()
+        self._steps, self._seconds, self._tokens = self._steps + 1, self._seconds + now - self._last, self._tokens + result.tokens
+        self._result, self._lr, self._last = result, lr, now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        yield
+        self._last = time.monotonic()
+
+    def report(self) -> None:
+        run, result = self._run, self._result
+        assert result is not None, "there was a lap"
+        metrics = StepMetrics(
+            step=run.progress.step,
+            samples=run.progress.samples,
+            tokens=run.progress.tokens,
+            loss=result.loss,
+            lr=self._lr,
+            grad_norm=result.grad_norm,
+            loss_scale=result.loss_scale if run.train.precision == "fp16" else None,
+            skipped=run.progress.skipped,
+            step_time_s=self._seconds / self._steps,
+            step_tokens=self._tokens / self._steps,
+            memory_gib=run.engine.groups.largest(peak_memory_gib(run.device)),
+        )
+        run.tracker.log(metrics.row(run.machine))
+        if result.skipped:
+            run.tracker.event("skipped", run.progress.step, loss_scale=result.loss_scale)
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0

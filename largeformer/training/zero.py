@@ -1,0 +1,79 @@
+"""Setting optimizer state inside DeepSpeed's optimizers, one parameter at a time, at whatever layout the engine has.
+
+Each stage keeps float32 masters in flat partitions and moments under those in the base optimizer, which holds none before its
+first step. The library can set them only where they exist, and under ZeRO 3 only where the parameter divides evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def set_state(wrapped: Any, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
+    """`values`: float32 "master" and moments of the whole (data-parallel) parameter; `steps`: steps that the optimizer took."""
+    moments = [kind for kind in values if kind != "master"]
+    if wrapped.zero_optimization_stage() == 0:
+        _set_plain(wrapped.optimizer, parameter, values, steps)
+        return
+    _make_moments(wrapped.optimizer, moments, steps)
+    for kind, value in values.items():
+        if hasattr(parameter, "ds_tensor"):
+            _set_partition(parameter, value, None if kind == "master" else kind)
+        elif kind == "master":
+            parameter.set_full_hp_param(value)
+        else:
+            parameter.set_full_hp_param(value, kind)
+
+
+def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
+    parameter.data.copy_(values["master"])
+    state = {kind: value.to(parameter.device) for kind, value in values.items() if kind != "master"}
+    if "exp_avg" in state:
+        state["step"] = torch.tensor(float(steps))
+    if state:
+        optimizer.state[parameter] = state
+
+
+def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
+    """Give each master the state that a first step would have made. Does nothing the second time."""
+    made = False
+    base = optimizer.optimizer
+    for master in _masters(optimizer):
+        state = base.state[master]
+        for kind in moments:
+            if kind not in state:
+                state[kind] = torch.zeros_like(master)
+                made = True
+        if "exp_avg" in moments and int(state.get("step", -1)) != steps:
+            counts_in_tensor = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
+            state["step"] = torch.tensor(float(steps)) if counts_in_tensor else steps
+            made = True
+    if made and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _masters(optimizer: Any) -> list[torch.Tensor]:
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise TypeError(f"{type(optimizer).__name__} keeps its masters where this version of the package does not look")
+
+
+def _set_partition(parameter: torch.nn.Parameter, value: torch.Tensor, kind: str | None) -> None:
+    """ZeRO 3: this rank's part of the zero-padded, flat `value`; a master is copied into the weight as well."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    padded = F.pad(value.flatten(), (0, partition.numel() * dist.get_world_size(group) - value.numel()))
+    mine = padded.narrow(0, partition.numel() * dist.get_rank(group), partition.numel())
+    if kind is None:
+        safe_set_local_fp32_param(parameter, mine)
+        partition.data.copy_(mine)
+    else:
+        safe_set_local_optimizer_state(parameter, mine, kind)
