@@ -30,8 +30,9 @@ class Layout:
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.world_size % self.model_size:
             raise ValueError(
-                f"world size {self.world_size} does not fit: tensor_model_parallel_size {self.tensor} x pipeline_model_parallel_size "
-                f"{self.pipeline} = {self.model_size} must divide it; start a multiple of {self.model_size} ranks"
+                f"world size {self.world_size} does not fit: parallel.tensor_model_parallel_size {self.tensor} x "
+                f"parallel.pipeline_model_parallel_size {self.pipeline} = {self.model_size} must divide it; "
+                f"start a multiple of {self.model_size} ranks"
             )
 
     @property
@@ -90,14 +91,15 @@ def batch_problems(global_batch: int, micro_batch: int, layout: Layout) -> list[
     divisor = micro_batch * layout.data
     if global_batch % divisor:
         return [
-            f"train.global_batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x data parallel "
+            f"train.global_batch_size {global_batch} is not a multiple of train.micro_batch_size {micro_batch} x data parallel "
             f"{layout.data} = {divisor}; the nearest that fits is {max(divisor, round(global_batch / divisor) * divisor)}"
         ]
     microbatches = global_batch // divisor
     if layout.virtual > 1 and microbatches % layout.pipeline:
         return [
             f"train.global_batch_size {global_batch} gives {microbatches} microbatches a rank; the interleaved schedule needs a multiple "
-            f"of pipeline_model_parallel_size {layout.pipeline}"
+            f"of parallel.pipeline_model_parallel_size {layout.pipeline}, such as a batch of "
+            f"{-(-microbatches // layout.pipeline) * layout.pipeline * divisor}"
         ]
     return []
 
@@ -120,33 +122,50 @@ def shape_problems(
     problems = []
     for name, value in (("num_attention_heads", heads), ("num_query_groups", query_groups), ("ffn_hidden_size", ffn)):
         if value % tensor:
-            problems.append(f"model.{name} {value} is not divisible by parallel.tensor_model_parallel_size {tensor}")
+            problems.append(
+                f"model.{name} {value} is not divisible by parallel.tensor_model_parallel_size {tensor}; "
+                f"the nearest degree that divides it is {_nearest_divisor(value, tensor)}"
+            )
     if heads % query_groups:
-        problems.append(f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {query_groups}")
+        problems.append(
+            f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {query_groups}; "
+            f"the nearest number of groups that divides it is {_nearest_divisor(heads, query_groups)}"
+        )
     if sequence_parallel and tensor == 1:
-        problems.append("parallel.sequence_parallel needs tensor_model_parallel_size > 1; it is 1: set it to false")
+        problems.append("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; it is 1: set sequence_parallel to false")
     if sequence_parallel and seq_length % tensor:
-        problems.append(f"model.seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, as sequence_parallel needs")
+        problems.append(
+            f"model.seq_length {seq_length} is not divisible by parallel.tensor_model_parallel_size {tensor}, as "
+            f"parallel.sequence_parallel needs; the next that is: {-(-seq_length // tensor) * tensor}"
+        )
     return problems + _pipeline_problems(num_layers, pipeline, virtual, first, last)
 
 
 def _pipeline_problems(num_layers: int, pipeline: int, virtual: int, first: int | None, last: int | None) -> list[str]:
     problems = []
-    uneven = first is not None or last is not None
+    degree = f"parallel.pipeline_model_parallel_size {pipeline}"
+    uneven = [
+        f"parallel.num_layers_in_{which}_pipeline_stage {count}" for which, count in (("first", first), ("last", last)) if count is not None
+    ]
     if virtual > 1 and pipeline == 1:
-        problems.append(f"parallel.virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size > 1; it is 1")
+        problems.append(f"parallel.virtual_pipeline_model_parallel_size {virtual} needs more than {degree}; set it to null")
     if virtual > 1 and uneven:
-        problems.append("parallel.num_layers_in_{first,last}_pipeline_stage do not combine with virtual stages: drop one of them")
+        problems.append(f"parallel.virtual_pipeline_model_parallel_size {virtual} excludes {' and '.join(uneven)}: drop one of them")
     if uneven and pipeline == 1:
-        problems.append("parallel.num_layers_in_{first,last}_pipeline_stage need pipeline_model_parallel_size > 1; it is 1")
-        return problems
+        return [*problems, f"{' and '.join(uneven)} needs more than {degree}; set it to null"]
     per_stage = _layers_per_stage(num_layers, pipeline, first, last)
-    if sum(per_stage) != num_layers or min(per_stage) < 1:
-        how = f"a split of {per_stage}" if uneven else f"parallel.pipeline_model_parallel_size {pipeline}"
-        problems.append(f"model.num_layers {num_layers} cannot be cut by {how}: the stages hold {sum(per_stage)} layers, at least one each")
-    elif per_stage[0] % virtual and not uneven:
+    if uneven and (sum(per_stage) != num_layers or min(per_stage) < 1):
         problems.append(
-            f"model.num_layers {num_layers} is not divisible by pipeline_model_parallel_size {pipeline} x "
-            f"virtual_pipeline_model_parallel_size {virtual}"
+            f"model.num_layers {num_layers} cannot be cut by {degree} with {' and '.join(uneven)}: a split of {per_stage} holds "
+            f"{sum(per_stage)} layers; every stage needs one at least, and the middle ones equal shares"
         )
+    elif not uneven and num_layers % (pipeline * virtual):
+        chunks = f"{degree} x parallel.virtual_pipeline_model_parallel_size {virtual}" if virtual > 1 else degree
+        multiple = -(-num_layers // (pipeline * virtual)) * pipeline * virtual
+        problems.append(f"model.num_layers {num_layers} is not divisible by {chunks}; the next number of layers that is: {multiple}")
     return problems
+
+
+def _nearest_divisor(value: int, wanted: int) -> int:
+    """The divisor of `value` nearest to `wanted`, the smaller of two."""
+    return min((divisor for divisor in range(1, 2 * wanted) if value % divisor == 0), key=lambda divisor: abs(divisor - wanted))

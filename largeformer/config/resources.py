@@ -53,14 +53,26 @@ def find_deepspeed(path_or_name: str, beside: Path | None = None) -> Path:
     raise BadInputError(f"deepspeed {path_or_name}: there is no such file{_choices(path.stem, shipped)}")
 
 
-def find_run_recipe(source: Path) -> Path:
-    """The resolved recipe (`config.yaml`) that belongs to a run folder, a stage folder or a checkpoint inside one."""
+def find_run_recipe(source: Path) -> tuple[Path, Path | None]:
+    """The resolved recipe (`config.yaml`) that belongs to a run folder, a stage folder or a checkpoint, and the run folder.
+
+    The run folder is None for a checkpoint that stands alone, copied out of its run.
+    """
     if not source.exists():
         raise BadInputError(f"--from {source}: there is no such folder; give a run, a stage or a checkpoint folder")
-    for folder in (source, source / "pretrain", *list(source.resolve().parents)[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise BadInputError(f"--from {source}: no config.yaml there or above it; give a run folder that a stage has written, or a recipe with -c")
+    here = source.resolve()
+    if here.parent.name == "checkpoints":  # run/stage/checkpoints/step_00000100
+        stages = [here.parent.parent]
+    elif here.name == "checkpoints":
+        stages = [here.parent]
+    else:
+        stages = [here / "pretrain", here]
+    for stage in stages:
+        if (stage / "config.yaml").is_file() and (stage / "checkpoints").is_dir():
+            return stage / "config.yaml", stage.parent
+    if (here / "config.yaml").is_file():
+        return here / "config.yaml", None
+    raise BadInputError(f"--from {source}: no trained stage with its config.yaml is there; give a folder that pretrain has written")
 
 
 def _named_files(folders: Iterable[Path], suffix: str) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -154,7 +155,7 @@ class TrainConfig(Section):
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
     loss_scale_window: PositiveInt = 1000
     loss_scale_hysteresis: PositiveInt = 2
-    min_loss_scale: Positive = 1.0
+    min_loss_scale: PositiveInt = 1
 
 
 class OptimizerConfig(Section):
@@ -237,15 +238,18 @@ class Recipe(Section):
         return given if given is not None else round(0.02 * self.train.train_iters)
 
     def layout(self, world_size: int) -> Layout:
-        """The layout of this recipe on `world_size` ranks. Raises ValueError where the degrees do not divide it."""
+        """The layout of this recipe on `world_size` ranks. Raises BadInputError where the degrees do not divide it."""
         p = self.parallel
-        return Layout(
-            world_size=world_size,
-            tensor=p.tensor_model_parallel_size,
-            pipeline=p.pipeline_model_parallel_size,
-            virtual=p.virtual_pipeline_model_parallel_size or 1,
-            sequence_parallel=p.sequence_parallel,
-        )
+        try:
+            return Layout(
+                world_size=world_size,
+                tensor=p.tensor_model_parallel_size,
+                pipeline=p.pipeline_model_parallel_size,
+                virtual=p.virtual_pipeline_model_parallel_size or 1,
+                sequence_parallel=p.sequence_parallel,
+            )
+        except ValueError as error:
+            raise BadInputError(str(error)) from None
 
     def identity(self, stage: str) -> dict[str, Any]:
         """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names."""

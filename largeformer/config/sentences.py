@@ -19,7 +19,12 @@ _EXPECTED = {
     "model_type": "a section of keys",
     "finite_number": "a finite number",
 }
-_BOUNDS = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge"), "less_than": ("below", "lt"), "less_than_equal": ("at most", "le")}
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
 
 
 def sentences(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -82,13 +87,13 @@ def _sentence(finding: Mapping[str, Any], known: Sequence[str]) -> str:
         return f"{key} is {value}, which should be {_EXPECTED[kind]}"
     if kind in _BOUNDS:
         word, bound = _BOUNDS[kind]
-        return f"{key} is {value}, which should be {word} {context[bound]:g}"
+        return f"{key} is {value}, which should be {word} {context[bound]:.10g}"
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         return f"{key} is {value}, which is none of {', '.join(choices)}{did_you_mean(str(finding['input']), choices)}"
     if kind == "too_short" and not finding["input"]:
         return f"{key} is empty: give at least {context['min_length']}"
-    message = finding["msg"]
+    message = finding["msg"].replace("Tuple", "the list")
     return f"{key} is {value}: {message[0].lower()}{message[1:]}"
 
 

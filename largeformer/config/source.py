@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that `_Loader` would take for a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -49,6 +55,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(raw, dict):
         raise BadInputError(f"recipe {path} holds {_kind(raw)}, not sections: it starts with lines such as 'model:'")
     return raw, [f"recipe {path}: {problem}" for problem in problems]
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """`tree` as YAML that `read_yaml` reads back to the same values, keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -74,14 +85,14 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
 
 
 def _parse(text: str) -> tuple[Any, list[str]]:
+    """The value of a YAML text, as JSON knows values (dates are text, keys are text), and keys that stand twice."""
     loader = _Loader(text)
     try:
-        value = loader.get_single_data()
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
+        return json.loads(json.dumps(loader.get_single_data(), default=str)), loader.duplicates
+    except (RecursionError, ValueError, TypeError) as error:
+        raise yaml.YAMLError(f"it cannot be held as plain values: {error}") from error
     finally:
         loader.dispose()
-    return value, loader.duplicates
 
 
 def _replaced(tree: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:

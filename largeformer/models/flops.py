@@ -101,23 +101,23 @@ def peak_flops(precision: str, device: torch.device) -> float:
 
 
 def measure_peak_flops(dtype: torch.dtype, device: torch.device, budget_s: float = 0.5) -> float:
-    """Best FLOP/s of square matrix products of growing size, within about `budget_s` seconds."""
+    """Best FLOP/s of square matrix products, within about `budget_s` seconds.
+
+    The products grow while they are fast, and are repeated once they are not: whatever disturbs a few of them (a first call,
+    a busy neighbour) does not decide the result.
+    """
     import torch
 
-    def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-        start = time.perf_counter()
+    deadline = time.perf_counter() + budget_s
+    size, largest, best = 256, 8192, 0.0
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    while (start := time.perf_counter()) < deadline:
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    deadline = time.perf_counter() + budget_s
-    best, repetitions = 0.0, 4
-    for size in (256, 512, 1024, 2048, 4096, 8192):
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds(left, right)  # the first product of a size pays for choosing a kernel
-        fastest = min(seconds(left, right) for _ in range(repetitions))
-        best = max(best, 2 * size**3 / fastest)
-        if time.perf_counter() + 8 * fastest * (repetitions + 1) > deadline:
-            break
+        seconds = time.perf_counter() - start
+        best = max(best, 2 * size**3 / seconds)
+        if size < largest and 8 * seconds < budget_s / 4:  # twice the size takes eight times as long
+            size *= 2
+            left, right = left.repeat(2, 2), right.repeat(2, 2)
     return best

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from largeformer.errors import BadInputError
 from largeformer.models.shards import Shard
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block that some rank holds lies in its global tensor."""
+
+    key: str
+    block: tuple[slice, ...]
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def gather_full(shards: Sequence[Shard], values: Callable[[Shard], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -18,24 +30,29 @@ def gather_full(shards: Sequence[Shard], values: Callable[[Shard], torch.Tensor]
     of its shards in their order, so it may itself be collective over the ranks that share them.
     """
     # All values come first: one that is collective must not wait for a rank that waits here.
-    mine = [(shard, value) for shard in shards if (value := values(shard).detach()) is not None and shard.main]
-    places = [(shard.key, shard.block, shard.global_shape, value.dtype) for shard, value in mine]
-    everywhere: list[list[tuple[str, tuple[slice, ...], tuple[int, ...], torch.dtype]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everywhere, places)
+    made = [(shard, values(shard).detach()) for shard in shards]
+    mine = [(shard, value) for shard, value in made if shard.main]
+    places: list[list[_Place]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(places, [_Place(shard.key, shard.block, shard.global_shape, value.dtype) for shard, value in mine])
     if dist.get_rank() != 0:
         for _, value in mine:
             dist.send(value.contiguous(), dst=0)
         return {}
     whole: dict[str, torch.Tensor] = {}
-    for rank, blocks in enumerate(everywhere):
-        for index, (key, block, shape, dtype) in enumerate(blocks):
-            target = whole.setdefault(key, torch.empty(shape, dtype=dtype))
+    covered: Counter[str] = Counter()
+    for rank, blocks in enumerate(places):
+        for number, place in enumerate(blocks):
+            if place.key not in whole:
+                whole[place.key] = torch.empty(place.global_shape, dtype=place.dtype)
+            target = whole[place.key][place.block]
             if rank == 0:
-                target[block] = mine[index][1].cpu()
-                continue
-            received = torch.empty([part.stop - part.start for part in block], dtype=dtype, device=mine[0][1].device if mine else "cpu")
-            dist.recv(received, src=rank)
-            target[block] = received.cpu()
+                target.copy_(mine[number][1])
+            else:
+                received = torch.empty(target.shape, dtype=place.dtype, device=made[0][1].device)
+                dist.recv(received, src=rank)
+                target.copy_(received)
+            covered[place.key] += target.numel()
+    assert all(covered[key] == tensor.numel() for key, tensor in whole.items()), "the ranks' main shards do not tile the tensors"
     return whole
 
 

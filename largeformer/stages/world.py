@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +61,6 @@ def enter_world(recipe: Recipe) -> Iterator[World]:
     if info.master_port == 0:
         info = replace(info, master_port=free_port())
     os.environ.update(to_environ(info))
-    _quieten_libraries()
     from largeformer.parallel.device import machine_problems, prepare_device, seed_ranks
     from largeformer.parallel.groups import create_groups, destroy_groups, join_world
 
@@ -95,13 +93,3 @@ def reporting(recipe: Recipe, stage: str) -> Iterator[Callable[[Status], None]]:
         raise
     if is_main:
         write_status(folder, ends[-1], stage=stage)
-
-
-def _quieten_libraries() -> None:
-    """Megatron-core warns at import of each optional package that is missing, DeepSpeed logs every setting: neither is news."""
-    import logging
-
-    for module in (r"megatron\.", r"deepspeed\.", r"torch\.distributed\."):
-        warnings.filterwarnings("ignore", module=module)
-    for name in ("DeepSpeed", "megatron", "torch.distributed.checkpoint"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,7 +6,8 @@ with one Megatron-core's schedules drive the modules and DeepSpeed is told when 
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,6 @@ def build_engine(
     deepspeed_config: dict[str, Any],
 ) -> Engine:
     """Wrap this rank's chunks, described by `shards`. `deepspeed_config` is resolved: it holds no "auto"."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     penalty = PenaltyScale()
@@ -170,9 +170,11 @@ def build_engine(
     module = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
     zero = deepspeed_config.get("zero_optimization", {})
     optimizer = build_optimizer(recipe.optimizer, module.parameters(), offloaded=bool(zero.get("offload_optimizer")))
-    wrapped, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config, mpu=groups.mpu(), dist_init_required=False
-    )
+    # DeepSpeed prints its memory at every stage of this, whatever the log level.
+    with contextlib.redirect_stdout(io.StringIO()):
+        wrapped, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config, mpu=groups.mpu(), dist_init_required=False
+        )
     if wrapped.zero_optimization_stage() == 0:
         wrapped.clip_fp32_gradients = lambda: None  # clipped before the step, see `_norm_without_zero`
     return Engine(wrapped, chunks, shards, groups, penalty)

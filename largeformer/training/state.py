@@ -66,6 +66,9 @@ class EngineState:
     def blocks(self, kinds: Sequence[str]) -> Iterator[Block]:
         """Copies of this rank's part of `kinds` ("master" or moments), named `kind.key`, each counted by one rank of the world.
         Collective."""
+        from largeformer.training.zero import link_moments
+
+        link_moments(self._wrapped.optimizer)
         for kind in kinds:
             yield from self._counted_blocks(kind, self.master if kind == "master" else lambda p, kind=kind: self.moment(p, kind))
 

@@ -41,8 +41,8 @@ def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, 
 
 def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
     """Give each master the state that a first step would have made. Does nothing the second time."""
-    made = False
     base = optimizer.optimizer
+    made = False
     for master in _masters(optimizer):
         state = base.state[master]
         for kind in moments:
@@ -53,7 +53,15 @@ def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
             counts_in_tensor = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
             state["step"] = torch.tensor(float(steps)) if counts_in_tensor else steps
             made = True
-    if made and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+    if made:
+        link_moments(optimizer)
+
+
+def link_moments(optimizer: Any) -> None:
+    """ZeRO 1 and 2: show each parameter its part of the moments. DeepSpeed does so in its first step, but there it sees the
+    first parameter group only and takes the rest for done (0.19.8, `stage_1_and_2.py`, `_optimizer_step`)."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 

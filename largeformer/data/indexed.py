@@ -1,0 +1,142 @@
+"""Token ids on disk: Megatron-core's indexed dataset, one `.bin`/`.idx` pair for each source, `</s>` after each document.
+
+The `.bin` file is the ids of all documents, one after the other (uint16 for a vocabulary below 65,500, else int32); the `.idx` file
+says where each begins. A split is a range of documents, so its tokens are one contiguous piece of the `.bin` file.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from largeformer.artifact import commit
+from largeformer.errors import BadInputError
+
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+_CHECKED_IDS = 2**22
+
+
+def bin_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+@dataclass
+class Counts:
+    """What went into one pair. `bytes` is UTF-8 text; `tokens` counts the end of each document too."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    unknown: int = 0
+
+
+class IndexedWriter:
+    """Writes `<prefix>.bin/.idx`. The pair has its names only after a clean end of the `with` block: never half of it."""
+
+    def __init__(self, prefix: Path, vocab_size: int, eod: int) -> None:
+        self.prefix, self.vocab_size, self.eod = prefix, vocab_size, eod
+        self.counts = Counts()
+        self._bin = bin_path(prefix).with_suffix(".bin.tmp")
+        self._idx = idx_path(prefix).with_suffix(".idx.tmp")
+        self._builder = IndexedDatasetBuilder(str(self._bin), dtype=DType.optimal_dtype(vocab_size))
+
+    def add(self, ids: Iterable[int]) -> None:
+        """Add one document; its end is marked here."""
+        document = np.fromiter(ids, dtype=np.int64)
+        assert document.size == 0 or (document.min() >= 0 and document.max() < self.vocab_size)
+        document = np.append(document, self.eod)
+        self._builder.add_document(document, [document.size])
+        self.counts.documents += 1
+        self.counts.tokens += document.size
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self._builder.finalize(str(self._idx))
+            commit(self._bin, bin_path(self.prefix))
+            commit(self._idx, idx_path(self.prefix))
+            return
+        self._builder.data_file.close()
+        self._bin.unlink(missing_ok=True)
+
+
+def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
+    """The dataset at `prefix`, memory-mapped. Raises BadInputError where it is missing, damaged, or of another vocabulary.
+
+    Ids are looked at in evenly spread places, 4 million at most: a data set of any size opens at once.
+    """
+    missing = [str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()]
+    if missing:
+        raise BadInputError(f"prepared data {' and '.join(missing)} missing: run prepare again with --fresh")
+    _check_index(idx_path(prefix))
+    dataset = IndexedDataset(str(prefix))
+    stated = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
+    size = bin_path(prefix).stat().st_size
+    if size != stated:
+        raise BadInputError(f"{bin_path(prefix)} has {size} bytes, its .idx says {stated}: run prepare again with --fresh")
+    ids = np.memmap(bin_path(prefix), dtype=dataset.index.dtype, mode="r")
+    block = _CHECKED_IDS // 64
+    starts = range(0, ids.size, max(block, ids.size // 64))
+    largest = max(int(ids[start : start + block].max()) for start in starts)
+    if largest >= vocab_size:
+        raise BadInputError(f"{bin_path(prefix)} holds id {largest}, tokenizer.vocab_size is {vocab_size}: run prepare again with --fresh")
+    return dataset
+
+
+def _check_index(path: Path) -> None:
+    """The `.idx` file is one, and whole: a header of 34 bytes, then 12 bytes a document and 8 for each of their borders."""
+    with path.open("rb") as handle:
+        header = handle.read(34)
+    whole = False
+    if len(header) == 34 and header.startswith(b"MMIDIDX\x00\x00"):
+        version, dtype, documents, borders = struct.unpack_from("<QBQQ", header, 9)
+        sizes_agree = path.stat().st_size == 34 + 12 * documents + 8 * borders and borders == documents + 1
+        whole = version == 1 and dtype in (4, 8) and sizes_agree
+    if not whole:
+        raise BadInputError(f"{path} is damaged: run prepare again with --fresh")
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of train, valid and test that sum to 1. Raises BadInputError unless `split` is up to three numbers, not all zero."""
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or any(not math.isfinite(share) or share < 0 for share in shares) or not sum(shares):
+        raise BadInputError(f"data.split {split!r} is not three shares of train, valid and test: write for example '96,2,2'")
+    train, valid, test = (share / sum(shares) for share in [*shares, 0.0, 0.0][:3])
+    return train, valid, test
+
+
+def split_documents(split: str, documents: int) -> dict[SplitName, range]:
+    """Which of `documents` documents each split holds, as Megatron-core cuts them: in their order, at rounded borders."""
+    ends = convert_split_vector_to_split_matrix(list(parse_split(split)))
+    return {
+        name: range(round(end[0] * documents), round(end[1] * documents)) if end is not None else range(0)
+        for name, end in zip(SPLITS, ends, strict=True)
+    }
+
+
+def split_tokens(dataset: IndexedDataset, documents: range) -> np.ndarray:
+    """The ids of consecutive documents as one memory-mapped array, without reading them."""
+    if not documents:
+        return np.empty(0, dtype=dataset.index.dtype)
+    start = int(dataset.index.sequence_pointers[documents.start])
+    count = int(dataset.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
+    return np.memmap(bin_path(Path(dataset.path_prefix)), dtype=dataset.index.dtype, mode="r", offset=start, shape=(count,))

@@ -1,0 +1,269 @@
+"""Names and shapes of our weights and of Hugging Face's, in one table that is read in both directions.
+
+Ours are the global tensors of `models/shards.py`: whole, whatever the layout; neither side pads the vocabulary. Plain
+dictionaries of tensors on both sides; the transformers library is not needed.
+
+`h` hidden, `f` feed-forward, `q` heads * head size, `k` query groups * head size, `c` = q + 2k, `v` vocabulary, `s` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from largeformer.config.schema import ModelConfig
+from largeformer.errors import BadInputError
+
+Style = Literal["llama", "gpt2"]
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one tensor of ours is cut into theirs, and put together again. Each takes the model's shape as well."""
+
+    cut: Callable[[torch.Tensor, ModelConfig], tuple[torch.Tensor, ...]]
+    join: Callable[[tuple[torch.Tensor, ...], ModelConfig], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ours` is made of the tensors `theirs` (name -> shape, in the letters above), where the model has the features `needs`."""
+
+    ours: str
+    theirs: Mapping[str, str]
+    form: Form
+    needs: str = ""
+
+
+def _cut_heads(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+    """[c, ...], where each query group has its queries, then its key, then its value -> [q, ...], [k, ...], [k, ...]."""
+    queries = model.num_attention_heads // model.query_groups
+    grouped = tensor.unflatten(0, (model.query_groups, queries + 2, model.head_dim))
+    return tuple(part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1))
+
+
+def _join_heads(parts: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
+    return torch.cat([part.unflatten(0, (model.query_groups, -1, model.head_dim)) for part in parts], dim=1).flatten(0, 2)
+
+
+def _cut_conv_heads(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+    return (torch.cat(_cut_heads(tensor, model)).t(),)
+
+
+def _join_conv_heads(parts: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
+    return _join_heads(parts[0].t().split([_sizes(model)[letter] for letter in "qkk"]), model)
+
+
+# GPT-2's layers are Conv1D: y = x W + b, so that its matrices are the transposes of a Linear's. (`t` leaves a bias as it is.)
+SAME = Form(cut=lambda tensor, _: (tensor,), join=lambda parts, _: parts[0])
+TRANSPOSED = Form(cut=lambda tensor, _: (tensor.t(),), join=lambda parts, _: parts[0].t())
+HEADS = Form(cut=_cut_heads, join=_join_heads)
+CONV_HEADS = Form(cut=_cut_conv_heads, join=_join_conv_heads)
+
+
+def _features(model: ModelConfig) -> set[str]:
+    """What decides whether a row of the tables stands in this model: the words of `Row.needs`."""
+    return {
+        name
+        for name, there in {
+            "learned": model.position_embedding == "learned",
+            "untied": not model.tie_embeddings,
+            "centred": model.normalization == "LayerNorm",
+            "gated": model.activation == "swiglu",
+            "ungated": model.activation != "swiglu",
+            "bias": model.add_bias_linear,
+            "qkv_bias": model.add_bias_linear or model.add_qkv_bias,
+        }.items()
+        if there
+    }
+
+
+# A leading "*" stands for the layer: "decoder.layers.N." with us. The Llama table goes further than Llama (biases, learned
+# positions, GELU): these are the names of `models/plain.py`, which has every shape.
+LLAMA = (
+    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "v h"}, SAME),
+    Row("embedding.position_embeddings.weight", {"model.embed_positions.weight": "s h"}, SAME, "learned"),
+    Row("*input_layernorm.weight", {"*input_layernorm.weight": "h"}, SAME),
+    Row("*input_layernorm.bias", {"*input_layernorm.bias": "h"}, SAME, "centred"),
+    Row(
+        "*self_attention.linear_qkv.weight",
+        {"*self_attn.q_proj.weight": "q h", "*self_attn.k_proj.weight": "k h", "*self_attn.v_proj.weight": "k h"},
+        HEADS,
+    ),
+    Row(
+        "*self_attention.linear_qkv.bias",
+        {"*self_attn.q_proj.bias": "q", "*self_attn.k_proj.bias": "k", "*self_attn.v_proj.bias": "k"},
+        HEADS,
+        "qkv_bias",
+    ),
+    Row("*self_attention.linear_proj.weight", {"*self_attn.o_proj.weight": "h q"}, SAME),
+    Row("*self_attention.linear_proj.bias", {"*self_attn.o_proj.bias": "h"}, SAME, "bias"),
+    Row("*pre_mlp_layernorm.weight", {"*post_attention_layernorm.weight": "h"}, SAME),
+    Row("*pre_mlp_layernorm.bias", {"*post_attention_layernorm.bias": "h"}, SAME, "centred"),
+    Row("*mlp.linear_fc1.weight_w", {"*mlp.gate_proj.weight": "f h"}, SAME, "gated"),
+    Row("*mlp.linear_fc1.bias_w", {"*mlp.gate_proj.bias": "f"}, SAME, "gated bias"),
+    Row("*mlp.linear_fc1.weight_v", {"*mlp.up_proj.weight": "f h"}, SAME, "gated"),
+    Row("*mlp.linear_fc1.bias_v", {"*mlp.up_proj.bias": "f"}, SAME, "gated bias"),
+    Row("*mlp.linear_fc1.weight", {"*mlp.up_proj.weight": "f h"}, SAME, "ungated"),
+    Row("*mlp.linear_fc1.bias", {"*mlp.up_proj.bias": "f"}, SAME, "ungated bias"),
+    Row("*mlp.linear_fc2.weight", {"*mlp.down_proj.weight": "h f"}, SAME),
+    Row("*mlp.linear_fc2.bias", {"*mlp.down_proj.bias": "h"}, SAME, "bias"),
+    Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}, SAME),
+    Row("decoder.final_layernorm.bias", {"model.norm.bias": "h"}, SAME, "centred"),
+    Row("output_layer.weight", {"lm_head.weight": "v h"}, SAME, "untied"),
+)
+GPT2 = (
+    Row("embedding.word_embeddings.weight", {"transformer.wte.weight": "v h"}, SAME),
+    Row("embedding.position_embeddings.weight", {"transformer.wpe.weight": "s h"}, SAME),
+    Row("*input_layernorm.weight", {"*ln_1.weight": "h"}, SAME),
+    Row("*input_layernorm.bias", {"*ln_1.bias": "h"}, SAME),
+    Row("*self_attention.linear_qkv.weight", {"*attn.c_attn.weight": "h c"}, CONV_HEADS),
+    Row("*self_attention.linear_qkv.bias", {"*attn.c_attn.bias": "c"}, CONV_HEADS),
+    Row("*self_attention.linear_proj.weight", {"*attn.c_proj.weight": "q h"}, TRANSPOSED),
+    Row("*self_attention.linear_proj.bias", {"*attn.c_proj.bias": "h"}, SAME),
+    Row("*pre_mlp_layernorm.weight", {"*ln_2.weight": "h"}, SAME),
+    Row("*pre_mlp_layernorm.bias", {"*ln_2.bias": "h"}, SAME),
+    Row("*mlp.linear_fc1.weight", {"*mlp.c_fc.weight": "h f"}, TRANSPOSED),
+    Row("*mlp.linear_fc1.bias", {"*mlp.c_fc.bias": "f"}, SAME),
+    Row("*mlp.linear_fc2.weight", {"*mlp.c_proj.weight": "f h"}, TRANSPOSED),
+    Row("*mlp.linear_fc2.bias", {"*mlp.c_proj.bias": "h"}, SAME),
+    Row("decoder.final_layernorm.weight", {"transformer.ln_f.weight": "h"}, SAME),
+    Row("decoder.final_layernorm.bias", {"transformer.ln_f.bias": "h"}, SAME),
+    Row("output_layer.weight", {"lm_head.weight": "v h"}, SAME, "untied"),
+)
+TABLES: dict[Style, tuple[Row, ...]] = {"llama": LLAMA, "gpt2": GPT2}
+THEIR_LAYER: dict[Style, str] = {"llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}
+# What files of theirs may hold beside weights: causal masks, rotary tables.
+_NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+def to_hugging_face(state: Weights, model: ModelConfig, style: Style | None = None) -> dict[str, torch.Tensor]:
+    """Our global tensors under their names. Tied embeddings stand once, as in their files.
+
+    `style` None: as `architecture` picks it. The tensors may share memory with `state`.
+    """
+    made: dict[str, torch.Tensor] = {}
+    for row in _rows(model, style or architecture(model).style):
+        made.update(zip(row.theirs, row.form.cut(state[row.ours], model), strict=True))
+    return made
+
+
+def from_hugging_face(state: Weights, model: ModelConfig, vocab_size: int, style: Style | None = None) -> dict[str, torch.Tensor]:
+    """Their tensors under our names. Raises BadInputError with every tensor that is missing, misshapen or unknown to this shape."""
+    rows = _rows(model, style or architecture(model).style)
+    if "wte.weight" in state:  # some GPT-2 files leave out the outermost module's name
+        state = {f"transformer.{name}": tensor for name, tensor in state.items()}
+    _check(state, rows, model, vocab_size)
+    return {row.ours: row.form.join(tuple(state[name] for name in row.theirs), model).contiguous() for row in rows}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Hugging Face class, its `model_type`, and whose names it uses."""
+
+    name: str
+    model_type: str
+    style: Style
+
+
+def architecture(model: ModelConfig) -> Architecture:
+    """The Hugging Face architecture that holds this shape. Raises BadInputError where none does, with what stands in the way."""
+    is_gpt2 = model.normalization == "LayerNorm"
+    wanted = {"normalization": model.normalization}
+    if is_gpt2:
+        wanted |= {"position_embedding": "learned", "add_bias_linear": True, "activation": "gelu or gelu_tanh"}
+    else:
+        wanted |= {"position_embedding": "rope", "activation": "swiglu"}
+    wrong = [
+        f"model.{key} is {getattr(model, key)}; a Hugging Face {'GPT-2' if is_gpt2 else 'Llama'} ({model.normalization}) has {value}"
+        for key, value in wanted.items()
+        if str(getattr(model, key)) not in str(value).split(" or ")
+    ]
+    if is_gpt2 and (model.query_groups != model.num_attention_heads or model.head_dim * model.num_attention_heads != model.hidden_size):
+        wrong.append("a Hugging Face GPT-2 has no num_query_groups or kv_channels of its own; leave both out")
+    if wrong:
+        raise BadInputError(wrong)
+    if is_gpt2:
+        return Architecture("GPT2LMHeadModel", "gpt2", "gpt2")
+    if model.add_qkv_bias and not model.add_bias_linear:
+        return Architecture("Qwen2ForCausalLM", "qwen2", "llama")  # a Llama with biases on queries, keys and values alone
+    return Architecture("LlamaForCausalLM", "llama", "llama")
+
+
+def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What their `config.json` says of this shape."""
+    kind = architecture(model)
+    common = {
+        "architectures": [kind.name],
+        "model_type": kind.model_type,
+        "vocab_size": vocab_size,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    if kind.style == "gpt2":
+        return common | {
+            "n_positions": model.seq_length,
+            "n_embd": model.hidden_size,
+            "n_layer": model.num_layers,
+            "n_head": model.num_attention_heads,
+            "n_inner": model.ffn_size,
+            "activation_function": {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[model.activation],
+            "layer_norm_epsilon": model.norm_epsilon,
+            "resid_pdrop": model.hidden_dropout,
+            "embd_pdrop": model.hidden_dropout,
+            "attn_pdrop": model.attention_dropout,
+        }
+    biases = {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear} if kind.model_type == "llama" else {}
+    return common | {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_length,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "attention_dropout": model.attention_dropout,
+        **biases,
+    }
+
+
+def _rows(model: ModelConfig, style: Style) -> list[Row]:
+    """The table for this model, its layers written out."""
+    made = []
+    for row in (row for row in TABLES[style] if set(row.needs.split()) <= _features(model)):
+        if not row.ours.startswith("*"):
+            made.append(row)
+            continue
+        for layer in range(model.num_layers):
+            theirs = {name.replace("*", THEIR_LAYER[style].format(layer)): shape for name, shape in row.theirs.items()}
+            made.append(Row(row.ours.replace("*", f"decoder.layers.{layer}."), theirs, row.form, row.needs))
+    return made
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    q, k = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+    return {"h": model.hidden_size, "f": model.ffn_size, "q": q, "k": k, "c": q + 2 * k, "s": model.seq_length}
+
+
+def _check(state: Weights, rows: list[Row], model: ModelConfig, vocab_size: int) -> None:
+    sizes = _sizes(model) | {"v": vocab_size}
+    expected = {name: [sizes[letter] for letter in shape.split()] for row in rows for name, shape in row.theirs.items()}
+    wrong = [
+        f"{name} is missing"
+        if name not in state
+        else f"{name} has the shape {list(state[name].shape)}; this model's is {shape}"
+        for name, shape in expected.items()
+        if name not in state or list(state[name].shape) != shape
+    ]
+    tied_copy = {"lm_head.weight"} if model.tie_embeddings else set()
+    unknown = [name for name in state if name not in expected and name not in tied_copy and not name.endswith(_NOT_WEIGHTS)]
+    if wrong or unknown:
+        raise BadInputError([*wrong, *(f"{name} has no place in this model; its shape in the recipe is another" for name in unknown)])

@@ -1,0 +1,54 @@
+"""What the doctor says, and what it is asked: values, shared by the files that check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from largeformer.config.deepspeed import ZeroConfig
+from largeformer.config.schema import Recipe
+from largeformer.config.size import model_parameters
+
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `remedy` is empty where nothing is to be done."""
+
+    check: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe asks of the machine. `compiled_adam`: an Adam that DeepSpeed compiles; `disk_bytes`: the checkpoints kept."""
+
+    precision: str
+    compiled_adam: bool
+    nvme: bool
+    wandb_online: bool
+    disk_bytes: int
+    output_dir: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, deepspeed: Mapping[str, Any]) -> Needs:
+        zero = ZeroConfig.of(deepspeed)
+        optimizer, precision = recipe.optimizer, recipe.train.precision
+        adam = optimizer.type != "sgd"
+        offloaded = zero.offload_optimizer != "none"
+        per_parameter = (4 if precision == "fp32" else 2 + 4) + (8 if adam else 4)  # weights, fp32 masters, moments
+        parameters = model_parameters(recipe.model, recipe.padded_vocab_size)
+        return cls(
+            precision=precision,
+            compiled_adam=adam and (optimizer.backend.startswith("deepspeed") or (offloaded and optimizer.backend == "auto")),
+            nvme="nvme" in (zero.offload_optimizer, zero.offload_param),
+            wandb_online=recipe.tracking.wandb.mode == "online",
+            # One more than is kept: the new checkpoint is complete before the oldest goes.
+            disk_bytes=per_parameter * parameters * (recipe.checkpoint.keep_last + 1),
+            output_dir=Path(recipe.run.output_dir),
+        )

@@ -1,0 +1,191 @@
+"""How fast a recipe trains here, beside the same model in a plain PyTorch loop. Random tokens; nothing is written.
+
+The candidates take turns in one process, a few steps each, for several rounds, in another order every round: what the machine
+does meanwhile hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from largeformer.config.schema import Recipe
+from largeformer.parallel.environment import discover
+from largeformer.stages.contenders import BARE, ENGINE, PLAIN, Candidate, Step, candidates
+from largeformer.stages.world import World, enter_world
+
+WARMUP_STEPS = 2
+GIB = 2**30
+
+
+@dataclass
+class Measured:
+    """One candidate's turns: `seconds` a step in each round. `memory_gib`: the most that its step held on the GPU, weights and
+    optimizer included; None on a CPU, where the candidates' memory cannot be told apart."""
+
+    name: str
+    tokens: int
+    seconds: list[float] = field(default_factory=list)
+    memory_gib: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / statistics.median(self.seconds)
+
+    def ratio_to(self, other: Measured) -> float:
+        """Speed as a multiple of the other's: the median over rounds, each round compared with itself."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(self.tokens / mine * theirs / other.tokens for mine, theirs in pairs)
+
+
+def run(recipe: Recipe, nproc: int = 1, *, rounds: int = 5, steps: int = 4, as_json: bool = False) -> int:
+    """Measure and print: a table, or one JSON object. Starts `nproc` ranks of this machine where no launcher has."""
+    if nproc > 1 and discover(os.environ).world_size == 1:
+        return _spawn(recipe, nproc, as_json)
+    with enter_world(recipe) as world:
+        result = report(recipe, world, measure(recipe, world, rounds, steps))
+        if world.info.is_main:
+            print(json.dumps(result)) if as_json else _print_table(result)
+    return 0
+
+
+def measure(recipe: Recipe, world: World, rounds: int, steps: int, compiled: bool = True) -> list[Measured]:
+    """Every candidate that this machine can run, in the order of the table. `compiled` False leaves out the compiled plain loop.
+    Collective."""
+    clock = _Clock(world)
+    ready: list[tuple[Measured, Step, int]] = []
+    for candidate in candidates(recipe, world, compiled):
+        if (made := clock.warmed_up(candidate)) is not None:
+            ready.append((Measured(candidate.name, candidate.tokens), *made))
+    for turn in range(rounds):
+        first = turn % len(ready)
+        for measured, step, resident in ready[first:] + ready[:first]:
+            seconds, peak = clock.time(step, steps)
+            measured.seconds.append(seconds)
+            if peak is not None:
+                measured.memory_gib = max(measured.memory_gib or 0.0, (resident + peak) / GIB)
+    return [measured for measured, _, _ in ready]
+
+
+def report(recipe: Recipe, world: World, measured: Sequence[Measured]) -> dict[str, Any]:
+    """The figures as one object. MFU counts the whole world's peak; `ratio` is to the plain eager loop."""
+    from largeformer.models.flops import flops_per_token, parameter_count, peak_flops
+
+    peak = peak_flops(recipe.train.precision, world.device)
+    per_token = flops_per_token(recipe.model, recipe.tokenizer.vocab_size)
+    by_name = {one.name: one for one in measured}
+    rows = [
+        {
+            "name": one.name,
+            "tokens_per_s": one.tokens_per_s,
+            "mfu": one.tokens_per_s * per_token / (peak * world.info.world_size),
+            "memory_gib": one.memory_gib,
+            "ratio": one.ratio_to(by_name[PLAIN]) if PLAIN in by_name else None,
+            "seconds_per_step": one.seconds,
+        }
+        for one in measured
+    ]
+    both = ENGINE in by_name and BARE in by_name
+    return {
+        "parameters": parameter_count(recipe.model, recipe.tokenizer.vocab_size),
+        "precision": recipe.train.precision,
+        "compile": recipe.train.compile,
+        "peak_tflops": peak / 1e12,
+        "ranks": asdict(world.groups.layout),
+        "engine_overhead": 1.0 / by_name[ENGINE].ratio_to(by_name[BARE]) - 1.0 if both else None,
+        "rows": rows,
+    }
+
+
+class _Clock:
+    """Times steps of all ranks together: from a barrier until the slowest has finished on its device."""
+
+    def __init__(self, world: World) -> None:
+        self._device = world.device
+        self._on_gpu = world.device.type == "cuda"
+
+    def warmed_up(self, candidate: Candidate) -> tuple[Step, int] | None:
+        """Its step, after the first ones, and the GPU bytes that it keeps between steps; None where it does not fit in memory."""
+        before = self._allocated()
+        try:
+            step = candidate.build()
+            for _ in range(WARMUP_STEPS):
+                step()
+        except torch.OutOfMemoryError:
+            step = None
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        if not self._all_ranks(step is not None):
+            return None
+        assert step is not None
+        return step, self._allocated() - before
+
+    def time(self, step: Step, steps: int) -> tuple[float, int | None]:
+        """Seconds a step, and the GPU bytes held at the most beyond those at the start."""
+        before = self._allocated()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        dist.barrier()
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        self._synchronize()
+        elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=self._device)
+        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+        peak = torch.cuda.max_memory_allocated(self._device) - before if self._on_gpu else None
+        return elapsed.item() / steps, peak
+
+    def _all_ranks(self, mine: bool) -> bool:
+        everyone = torch.tensor(float(mine), device=self._device)
+        dist.all_reduce(everyone, dist.ReduceOp.MIN)
+        return bool(everyone.item())
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device) if self._on_gpu else 0
+
+    def _synchronize(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+
+
+def _spawn(recipe: Recipe, nproc: int, as_json: bool) -> int:
+    from largeformer.config.load import recipe_yaml
+    from largeformer.launching.local import spawn
+
+    with tempfile.TemporaryDirectory(prefix="largeformer-bench-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(recipe_yaml(recipe))
+        return spawn(nproc, ["bench", "-c", str(path), "--nproc", str(nproc), *(["--json"] if as_json else [])])
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "tokens/s", "MFU", "peak memory", f"x {PLAIN}", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result["rows"]:
+        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.2f} GiB"
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        table.add_row(row["name"], f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", memory, ratio)
+    console = Console()
+    how = "layers compiled" if result["compile"] else "layers not compiled (train.compile)"
+    console.print(f"{result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, {how}")
+    console.print(f"MFU is against {result['peak_tflops']:.2f} TFLOP/s a device")
+    console.print(table)
+    if result["engine_overhead"] is not None:
+        console.print(f"DeepSpeed engine against a bare optimizer: {result['engine_overhead']:+.1%} time a step")

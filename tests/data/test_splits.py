@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from largeformer.config.schema import DataConfig
+from largeformer.data.indexed import IndexedWriter
+from largeformer.data.splits import Samples, build_splits, held_out_streams
+from largeformer.data.tokenizer import MockTokenizer
+from largeformer.errors import BadInputError
+from tests.distributed import RankContext
+
+VOCAB, EOD, SEQ = 1000, 2, 16
+TOKENIZER = MockTokenizer(VOCAB, eod=EOD)
+
+
+def write_source(prefix: Path, documents: int, seed: int) -> Path:
+    random = np.random.default_rng(seed)
+    with IndexedWriter(prefix, VOCAB, EOD) as writer:
+        for _ in range(documents):
+            writer.add(random.integers(3, VOCAB, random.integers(1, 60)))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, float]]:
+    folder = tmp_path_factory.mktemp("sources")
+    return [(write_source(folder / "0-a", 60, 1), 3.0), (write_source(folder / "1-b", 90, 2), 1.0)]
+
+
+def tokens(samples: Samples | None, count: int) -> list[list[int]]:
+    assert samples is not None
+    return [samples[i]["tokens"].tolist() for i in range(count)]
+
+
+@pytest.mark.parametrize("counts", [(40, 12, 8), (500, 300, 5)], ids=["part of an epoch", "several epochs"])
+@pytest.mark.parametrize("number", [1, 2], ids=["one source", "two sources"])
+def test_samples_are_those_of_megatrons_builder(sources, tmp_path: Path, number: int, counts: tuple[int, int, int]) -> None:  # type: ignore[no-untyped-def]
+    chosen = sources[:number]
+    built = build_splits(DataConfig(split="80,10,10"), SEQ, TOKENIZER, chosen, counts, 77, tmp_path)
+    config = GPTDatasetConfig(
+        random_seed=77,
+        sequence_length=SEQ,
+        blend=([str(path) for path, _ in chosen], [weight for _, weight in chosen] if number > 1 else None),
+        split="80,10,10",
+        tokenizer=TOKENIZER,  # type: ignore[arg-type]
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    reference = BlendedMegatronDatasetBuilder(GPTDataset, list(counts), lambda: True, config).build()
+    for ours, theirs, count in zip((built.train, built.valid, built.test), reference, counts, strict=True):
+        assert ours is not None and len(ours) >= count
+        assert tokens(ours, count) == tokens(theirs, count)
+
+
+def test_a_sample_is_consecutive_tokens_and_its_labels_are_the_next(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    train = build_splits(DataConfig(split="1,0,0"), SEQ, TOKENIZER, sources[:1], (20, 0, 0), 1, tmp_path).train
+    assert train is not None
+    for i in range(20):
+        sample = train[i]
+        assert sample["labels"][:-1].tolist() == sample["tokens"][1:].tolist()
+        assert sample["loss_mask"].tolist() == [1.0] * SEQ
+        assert sample["position_ids"].tolist() == list(range(SEQ))
+
+
+def test_one_epoch_reads_every_token_of_the_split_once(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data = DataConfig(split="50,25,25")
+    (stream,) = held_out_streams(data, sources[:1], TOKENIZER, "valid")
+    whole = (len(stream) - 1) // SEQ
+    valid = build_splits(data, SEQ, TOKENIZER, sources[:1], (0, whole, 0), 5, tmp_path).valid
+    read = np.bincount(np.concatenate(tokens(valid, whole)), minlength=VOCAB)
+    there = np.bincount(stream, minlength=VOCAB)
+    assert (read <= there).all() and there.sum() - read.sum() <= SEQ
+
+
+def test_the_blend_keeps_its_weights(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    train = build_splits(DataConfig(split="1,0,0"), SEQ, TOKENIZER, sources, (400, 0, 0), 1, tmp_path).train
+    assert train is not None
+    from_first = sum(int(train[i]["dataset_id"]) == 0 for i in range(400))
+    assert abs(from_first - 300) <= 1
+
+
+def test_a_split_that_is_not_asked_for_is_not_built(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    built = build_splits(DataConfig(split="100,0,0"), SEQ, TOKENIZER, sources, (10, 0, 0), 1, tmp_path)
+    assert built.train is not None and built.valid is None and built.test is None
+
+
+def test_a_split_without_documents_is_bad_input_and_no_endless_loop(tmp_path: Path) -> None:
+    prefix = write_source(tmp_path / "0-small", 4, 1)
+    with pytest.raises(BadInputError) as caught:
+        build_splits(DataConfig(split="96,2,2"), SEQ, TOKENIZER, [(prefix, 1.0)], (10, 4, 4), 1, tmp_path / "cache")
+    assert len(caught.value.problems) == 2
+    assert "leaves the valid split without a document (4 in all)" in caught.value.problems[0]
+    with pytest.raises(BadInputError, match="test split without a document"):
+        held_out_streams(DataConfig(split="96,2,2"), [(prefix, 1.0)], TOKENIZER)
+
+
+def test_a_source_too_small_for_a_split_is_left_out_of_it(tmp_path: Path) -> None:
+    small, large = write_source(tmp_path / "0-small", 2, 1), write_source(tmp_path / "1-large", 50, 2)
+    built = build_splits(DataConfig(split="80,10,10"), SEQ, TOKENIZER, [(small, 1.0), (large, 1.0)], (10, 6, 0), 1, tmp_path / "cache")
+    assert len(tokens(built.train, 10)) == 10 and len(tokens(built.valid, 6)) == 6
+
+
+def test_indices_are_reused_until_the_data_changes(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data, cache = DataConfig(split="80,10,10"), tmp_path / "cache"
+    prefix = write_source(tmp_path / "0-a", 60, 1)
+    first = tokens(build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, cache).train, 20)
+    (folder,) = cache.iterdir()
+    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = tokens(build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, cache).train, 20)
+    assert again == first
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
+    write_source(prefix, 50, 9)  # the same names, other text
+    changed = tokens(build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, cache).train, 20)
+    fresh = tokens(build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, tmp_path / "other").train, 20)
+    assert changed == fresh != first
+
+
+def test_an_interrupted_build_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, prefix, cache = DataConfig(split="80,10,10"), write_source(tmp_path / "0-a", 60, 1), tmp_path / "cache"
+    save, saved = np.save, []
+
+    def full_disk(path: str, *args: object, **options: object) -> None:
+        saved.append(path)
+        if len(saved) == 3:  # the last of the files of one split
+            Path(path).write_bytes(b"half")
+            raise OSError("no space left")
+        save(path, *args, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, cache)
+    after = build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, cache)
+    fresh = build_splits(data, SEQ, TOKENIZER, [(prefix, 1.0)], (20, 5, 5), 7, tmp_path / "other")
+    assert tokens(after.train, 20) == tokens(fresh.train, 20)
+
+
+def test_mock_samples_depend_on_seed_split_and_position_alone() -> None:
+    def build(seed: int, counts: tuple[int, int, int] = (10, 10, 0)) -> list[list[list[int]]]:
+        built = build_splits(DataConfig(), SEQ, TOKENIZER, [], counts, seed, Path("unused"), mock=True)
+        assert built.test is None
+        return [tokens(built.train, 10), tokens(built.valid, 10)]
+
+    train, valid = build(1)
+    assert build(1, (50, 20, 0)) == [train, valid]
+    different = {tuple(row) for row in train + valid + build(2)[0]}
+    assert len(different) == 30
+    assert all(0 <= i < VOCAB for row in train for i in row)
+
+
+def build_on_ranks(ranks: RankContext, sources: list[tuple[Path, float]], cache: Path) -> list[list[int]]:
+    assert torch.distributed.is_initialized()
+    built = build_splits(DataConfig(split="80,10,10"), SEQ, TOKENIZER, sources, (60, 10, 10), 3, cache)
+    return tokens(built.train, 60) + tokens(built.valid, 10) + tokens(built.test, 10)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["one source", "two sources"])
+def test_all_ranks_see_the_samples_of_one_process(ranks, sources, tmp_path: Path, number: int) -> None:  # type: ignore[no-untyped-def]
+    chosen = sources[:number]
+    built = build_splits(DataConfig(split="80,10,10"), SEQ, TOKENIZER, chosen, (60, 10, 10), 3, tmp_path / "one")
+    expected = tokens(built.train, 60) + tokens(built.valid, 10) + tokens(built.test, 10)
+    assert ranks(2).run(build_on_ranks, chosen, tmp_path / "two") == [expected, expected]
+    assert len(list((tmp_path / "two").iterdir())) == 1

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from largeformer.artifact import Artifact, identity_hash, read_status, write_status
+from largeformer.config.schema import Recipe
+from largeformer.data.indexed import open_indexed
+from largeformer.data.tokenizer import MockTokenizer, Tokenizer
+from largeformer.errors import BadInputError
+from largeformer.stages import prepare
+from tests.recipes import tiny_recipe
+
+ROWS = [f"row {i}: the quick brown fox, number {i * 37}, jumps over 犬 {i}\n" for i in range(200)]
+
+
+def recipe(folder: Path, *sources: str, **sections: Any) -> Recipe:
+    data = {"sources": [{"path": source} for source in sources], "split": "80,10,10", **sections.pop("data", {})}
+    tokenizer = {"vocab_size": 360, **sections.pop("tokenizer", {})}
+    return tiny_recipe(run={"output_dir": str(folder / "run")}, data=data, tokenizer=tokenizer, **sections)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{row}\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": row}) for row in ROWS]
+    path.write_text("\n".join([*lines[:50], '{"broken', *lines[50:]]))
+    return str(path)
+
+
+def test_text_becomes_ids_that_decode_to_it(tmp_path: Path, text: str, rows: str) -> None:
+    made = recipe(tmp_path, text, rows)
+    artifact = prepare.run(made)
+    folder = tmp_path / "run" / "prepare"
+    assert artifact == Artifact.read(folder)
+    assert artifact.identity == identity_hash(made.identity("prepare"))
+    assert sorted(os.listdir(folder)) == sorted(
+        ["manifest.json", "config.yaml", "quarantine.jsonl", "tokenizer.model", "0-text.bin", "0-text.idx", "1-rows.bin", "1-rows.idx"]
+    )
+    tokenizer = prepare.open_tokenizer(made, folder)
+    (first, _), (second, weight) = prepare.prefixes(made, folder)
+    documents = [open_indexed(prefix, 360) for prefix in (first, second)]
+    assert weight == 1.0
+    assert tokenizer.decode(documents[0][0].tolist()) == Path(text).read_text()
+    assert [tokenizer.decode(documents[1][i].tolist()) for i in range(200)] == ROWS
+    assert all(documents[1][i][-1] == tokenizer.eod for i in range(200))
+    (rejected,) = (folder / "quarantine.jsonl").read_text().splitlines()
+    assert (json.loads(rejected)["file"], json.loads(rejected)["line"]) == (rows, 51)
+
+
+def test_metrics_are_counts_of_the_files(tmp_path: Path, rows: str) -> None:
+    metrics = prepare.run(recipe(tmp_path, rows)).metrics
+    tokens = (tmp_path / "run/prepare/0-rows.bin").stat().st_size // 2
+    size = sum(len(row.encode()) for row in ROWS)
+    assert (metrics["documents"], metrics["tokens"], metrics["bytes"], metrics["rejected"]) == (200, tokens, size, 1)
+    assert metrics["tokens_per_byte"] == pytest.approx(tokens / size)
+    assert metrics["unknown_rate"] == 0.0
+    assert metrics["train_tokens"] + metrics["valid_tokens"] + metrics["test_tokens"] == tokens
+    assert metrics["train_tokens"] > 6 * metrics["valid_tokens"] > 0 < metrics["test_tokens"]
+
+
+def test_unknown_characters_are_counted_where_nothing_spells_them(tmp_path: Path, rows: str) -> None:
+    with Path(rows).open("a") as handle:
+        handle.write("\n" + json.dumps({"text": "".join(chr(0x4E00 + i) for i in range(40))}))
+    made = recipe(tmp_path, rows, tokenizer={"vocab_size": 120, "byte_fallback": False, "character_coverage": 0.98})
+    artifact = prepare.run(made)
+    dataset = open_indexed(tmp_path / "run/prepare/0-rows", 120)
+    unknown = sum(int((dataset[i] == 0).sum()) for i in range(len(dataset)))
+    assert unknown > 0
+    assert artifact.metrics["unknown_rate"] == pytest.approx(unknown / artifact.metrics["tokens"])
+
+
+def test_a_finished_prepare_is_not_done_again(tmp_path: Path, text: str) -> None:
+    made = recipe(tmp_path, text)
+    first = prepare.run(made)
+    times = {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()}
+    for fresh in (False, True):
+        assert prepare.run(made, fresh=fresh) == first
+        assert {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()} == times
+
+
+def test_another_recipes_folder_is_refused_or_set_aside(tmp_path: Path, text: str) -> None:
+    first = prepare.run(recipe(tmp_path, text))
+    other = recipe(tmp_path, text, tokenizer={"vocab_size": 350})
+    wanted = identity_hash(other.identity("prepare"))
+    with pytest.raises(BadInputError, match=f"identity {first.identity}, this recipe is {wanted}.*--fresh"):
+        prepare.run(other)
+    assert Artifact.read(first.path) == first
+    assert prepare.run(other, fresh=True).identity == wanted
+    third = prepare.run(recipe(tmp_path, text, tokenizer={"vocab_size": 340}), fresh=True)
+    kept = {name: Artifact.read(tmp_path / "run" / name) for name in ("prepare.old-1", "prepare.old-2", "prepare")}
+    assert [artifact and artifact.identity for artifact in kept.values()] == [first.identity, wanted, third.identity]
+
+
+def test_an_interrupted_prepare_is_done_again(tmp_path: Path, text: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tmp_path, text, rows)
+    encode = Tokenizer.encode_batch
+    calls = []
+
+    def interrupted(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(made)
+    folder = tmp_path / "run" / "prepare"
+    assert Artifact.read(folder) is None
+    assert (read_status(tmp_path / "run") or {})["status"] == "failed"
+    assert "0-text.bin" in os.listdir(folder) and "1-rows.bin" not in os.listdir(folder)
+    assert prepare.run(recipe(tmp_path, rows)).metrics["documents"] == 200
+    assert "0-text.bin" not in os.listdir(folder)  # of the recipe that was given up
+
+
+BAD = {
+    "no such file": ({}, ["absent.txt"], "absent.txt' does not exist"),
+    "empty corpus": ({}, ["empty.txt"], "empty.txt' is empty"),
+    "only blanks": ({}, ["blank.txt"], "blank.txt' holds nothing usable, only blanks"),
+    "nothing usable": ({}, ["broken.jsonl"], "2 inputs were rejected, the first: .*broken.jsonl:1: not JSON"),
+    "vocabulary too large": ({"tokenizer": {"vocab_size": 5000}}, ["text.txt"], "vocab_size 5000 .* the largest that works is"),
+    "bad split": ({"data": {"split": "a,b"}}, ["text.txt"], "data.split 'a,b'"),
+    "no such tokenizer": ({"tokenizer": {"model": "absent.model"}}, ["text.txt"], "absent.model cannot be read"),
+    "too many rejected": ({"data": {"quarantine_threshold": 0.001}}, ["rows.jsonl"], r"1 of 201 inputs were rejected \(0.50%\).*0.10%"),
+}
+
+
+@pytest.mark.parametrize(("sections", "sources", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_stops_with_its_value_and_no_manifest(
+    tmp_path: Path, text: str, rows: str, sections: dict[str, Any], sources: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    (tmp_path / "broken.jsonl").write_text("{\n{\n")
+    with pytest.raises(BadInputError, match=message):
+        prepare.run(recipe(tmp_path, *(str(tmp_path / source) for source in sources), **sections))
+    assert Artifact.read(tmp_path / "run" / "prepare") is None
+    assert (read_status(tmp_path / "run") or {})["status"] == "failed"
+
+
+def test_all_bad_sources_are_reported_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.jsonl").write_text("{\n{\n")
+    with pytest.raises(BadInputError) as caught:
+        prepare.run(recipe(tmp_path, str(tmp_path / "a.txt"), text, str(tmp_path / "b.txt"), str(tmp_path / "broken.jsonl")))
+    assert len(caught.value.problems) == 3
+    assert len((tmp_path / "run/prepare/quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_given_tokenizer_is_copied(tmp_path: Path, text: str, rows: str) -> None:
+    trained = prepare.run(recipe(tmp_path / "first", text)).path / "tokenizer.model"
+    artifact = prepare.run(recipe(tmp_path / "second", rows, tokenizer={"model": str(trained)}))
+    assert (artifact.path / "tokenizer.model").read_bytes() == trained.read_bytes()
+    with pytest.raises(BadInputError, match=r"has 360 ids, tokenizer\.vocab_size says 361"):
+        prepare.run(recipe(tmp_path / "third", rows, tokenizer={"model": str(trained), "vocab_size": 361}))
+
+
+def test_random_tokens_need_no_files(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "mock")
+    artifact = prepare.run(made)
+    assert sorted(os.listdir(artifact.path)) == ["config.yaml", "manifest.json"]
+    assert prepare.open_tokenizer(made, artifact.path) == MockTokenizer(360)
+
+
+def test_other_ranks_wait_for_the_manifest(tmp_path: Path, text: str) -> None:
+    made = recipe(tmp_path, text)
+    found: list[Artifact] = []
+    waiting = threading.Thread(target=lambda: found.append(prepare.wait_or_load(made, poll_seconds=0.01, timeout=60)))
+    waiting.start()
+    artifact = prepare.run(made)
+    waiting.join(60)
+    assert found == [artifact]
+
+
+def test_waiting_ends_when_rank_0_fails_but_not_for_an_earlier_failure(tmp_path: Path, text: str) -> None:
+    made = recipe(tmp_path, text)
+    write_status(tmp_path / "run", "failed", stage="prepare", error="no text")
+    with pytest.raises(TimeoutError, match=r"manifest\.json"):
+        prepare.wait_or_load(made, since=time.time() + 1, poll_seconds=0.01, timeout=0.05)
+    with pytest.raises(BadInputError, match="prepare failed on rank 0: no text"):
+        prepare.wait_or_load(made, since=time.time() - 60, poll_seconds=0.01, timeout=60)
+
+
+def test_waiting_refuses_another_recipes_folder(tmp_path: Path, text: str) -> None:
+    prepare.run(recipe(tmp_path, text))
+    other = recipe(tmp_path, text, tokenizer={"vocab_size": 350})
+    with pytest.raises(BadInputError, match="belongs to another recipe"):
+        prepare.wait_or_load(other, timeout=60)
+    with pytest.raises(TimeoutError):
+        prepare.wait_or_load(other, fresh=True, poll_seconds=0.01, timeout=0.05)
+
+
+def test_rank_0_prepares_and_the_others_load(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tmp_path, text)
+    found = []
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        found.append(prepare.run_or_wait(made))
+    assert found[0] == found[1]
