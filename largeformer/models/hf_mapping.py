@@ -257,9 +257,7 @@ def _check(state: Weights, rows: list[Row], model: ModelConfig, vocab_size: int)
     sizes = _sizes(model) | {"v": vocab_size}
     expected = {name: [sizes[letter] for letter in shape.split()] for row in rows for name, shape in row.theirs.items()}
     wrong = [
-        f"{name} is missing"
-        if name not in state
-        else f"{name} has the shape {list(state[name].shape)}; this model's is {shape}"
+        f"{name} is missing" if name not in state else f"{name} has the shape {list(state[name].shape)}; this model's is {shape}"
         for name, shape in expected.items()
         if name not in state or list(state[name].shape) != shape
     ]

@@ -28,9 +28,7 @@ class PlainGPT(nn.Module):
         if model.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
         """tokens, labels: int64[b, s]; loss_mask: float32[b, s], all ones where not given.
 
         Returns: logits [b, s, v]; with labels float32[], the summed loss in nats.

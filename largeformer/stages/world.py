@@ -54,10 +54,14 @@ class World:
 
 
 @contextlib.contextmanager
-def enter_world(recipe: Recipe) -> Iterator[World]:
-    """Join the other ranks. Raises BadInputError, before anything heavy, where recipe, world and machine do not fit."""
+def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
+    """Join the other ranks. Raises BadInputError, before anything heavy, where recipe, world and machine do not fit.
+
+    Without `training` the DeepSpeed config is not read, and `deepspeed` of the world is empty.
+    """
     info = discover(os.environ)
-    deepspeed = resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
+    recipe.layout(info.world_size)
+    deepspeed = resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size) if training else {}
     if info.master_port == 0:
         info = replace(info, master_port=free_port())
     os.environ.update(to_environ(info))

@@ -38,9 +38,16 @@ def tokens(samples: Samples | None, count: int) -> list[list[int]]:
     return [samples[i]["tokens"].tolist() for i in range(count)]
 
 
-@pytest.mark.parametrize("counts", [(40, 12, 8), (500, 300, 5)], ids=["part of an epoch", "several epochs"])
+def one_epoch(source: tuple[Path, float], blend_share: float) -> int:
+    """The number of training samples for which a source that gives `blend_share` of them is read exactly once."""
+    (stream,) = held_out_streams(DataConfig(split="80,10,10"), [source], TOKENIZER, "train")
+    return int((len(stream) - 1) // SEQ / blend_share)
+
+
+@pytest.mark.parametrize("train", [40, 500, None], ids=["part of an epoch", "several epochs", "exactly one epoch"])
 @pytest.mark.parametrize("number", [1, 2], ids=["one source", "two sources"])
-def test_samples_are_those_of_megatrons_builder(sources, tmp_path: Path, number: int, counts: tuple[int, int, int]) -> None:  # type: ignore[no-untyped-def]
+def test_samples_are_those_of_megatrons_builder(sources, tmp_path: Path, number: int, train: int | None) -> None:  # type: ignore[no-untyped-def]
+    counts = (train or one_epoch(sources[0], [1.0, 0.75][number - 1]), 300, 5)
     chosen = sources[:number]
     built = build_splits(DataConfig(split="80,10,10"), SEQ, TOKENIZER, chosen, counts, 77, tmp_path)
     config = GPTDatasetConfig(

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[int, int, int, AttnMaskType, AttnMaskType | None, torch.T
     "causal, one group": (6, 6, 1, AttnMaskType.causal, None, None, causal(6, 6)),
     "first token": (1, 1, 2, AttnMaskType.causal, None, None, causal(1, 1)),
     "decode: one query sees the whole cache": (1, 6, 2, AttnMaskType.causal, AttnMaskType.no_mask, None, causal(1, 6)),
+    "one query alone sees the whole cache, whatever its type": (1, 6, 2, AttnMaskType.causal, None, None, causal(1, 6)),
     "cross: all see all": (3, 6, 4, AttnMaskType.no_mask, None, None, torch.zeros(3, 6, dtype=torch.bool)),
     "padding mask, True is masked": (6, 6, 4, AttnMaskType.padding, None, PADDING, PADDING[:, 0]),
 }

@@ -1,0 +1,92 @@
+"""Loss, perplexity and bits per byte of a checkpoint on held-out text, every token predicted once; and a sample of its text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from largeformer.artifact import Artifact, identity_hash, library_versions
+from largeformer.config.schema import Recipe
+from largeformer.parallel.environment import discover
+from largeformer.stages import prepare
+from largeformer.stages.generate import continue_prompt, inference_layout
+from largeformer.stages.weights import Source, find_source, load_model, on_this_world
+from largeformer.stages.world import World, enter_world, reporting
+
+if TYPE_CHECKING:
+    from largeformer.evaluation.perplexity import LossTotal
+
+STAGE = "evaluate"
+SPLIT = "test"
+
+
+def run(recipe: Recipe, source: Path | None = None) -> Artifact:
+    """Evaluate the checkpoint at `source` (default: the recipe's own run) on the test split of its run's data.
+
+    The result is kept as an artifact in the recipe's run folder.
+    """
+    recipe = on_this_world(recipe, discover(os.environ).world_size)
+    found = find_source(recipe, source)
+    with reporting(recipe, STAGE), enter_world(recipe, training=False) as world:
+        total = _loss(recipe, world, found)
+        sampling = inference_layout(recipe, world.info.world_size)
+        prompt = _prompt(recipe, found)
+        text = continue_prompt(sampling, world.regroup(sampling), found, prompt, recipe.generate)
+        artifact = _artifact(recipe, found, total, prompt + text)
+        if world.info.is_main:
+            _print(found, total, prompt, text)
+            artifact.write()
+    return artifact
+
+
+def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
+    from largeformer.data.loader import evaluation_windows
+    from largeformer.data.splits import held_out_streams
+    from largeformer.evaluation.perplexity import evaluate
+
+    folder = source.prepared.path
+    tokenizer = prepare.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
+    windows = evaluation_windows(
+        streams, recipe.model.seq_length, recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data
+    )
+    chunks = load_model(recipe, world, source.checkpoint)
+    return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)
+
+
+def _prompt(recipe: Recipe, source: Source) -> str:
+    """The beginning of the test split: text that the model has not seen."""
+    from largeformer.data.splits import held_out_streams
+
+    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    stream, *_ = held_out_streams(recipe.data, prepare.prefixes(recipe, source.prepared.path), tokenizer, SPLIT, recipe.run.seed)
+    return tokenizer.decode(stream[: min(24, recipe.model.seq_length // 2)].tolist())
+
+
+def _artifact(recipe: Recipe, source: Source, total: LossTotal, sample: str) -> Artifact:
+    trained = Artifact.read(source.checkpoint.parent.parent)
+    parents = {parent.kind: parent.identity for parent in (source.prepared, trained) if parent is not None}
+    metrics = {
+        "split": SPLIT,
+        "checkpoint": source.checkpoint.name,
+        "loss": total.loss,
+        "perplexity": total.perplexity,
+        "bits_per_byte": total.bits_per_byte,
+        **asdict(total),
+        "sample": sample,
+    }
+    identity = identity_hash({**recipe.identity(STAGE), "checkpoint": source.checkpoint.name, "parents": parents})
+    folder = Path(recipe.run.output_dir) / STAGE
+    return Artifact(STAGE, folder, identity, parents, metrics, library_versions(("largeformer", "torch", "megatron-core")))
+
+
+def _print(source: Source, total: LossTotal, prompt: str, text: str) -> None:
+    print(
+        f"{source.checkpoint.name} on the {SPLIT} split: loss {total.loss:.4f}  perplexity {total.perplexity:.2f}  "
+        f"{total.bits_per_byte:.4f} bits/byte  ({total.tokens:,} tokens, {total.bytes:,} bytes, each counted once)"
+    )
+    print("a sample, the prompt from held-out text between the marks:")
+    for line in f">>>{prompt}<<<{text}".splitlines():
+        print(f"    {line}")

@@ -1,0 +1,45 @@
+"""Text from a checkpoint, after a prompt."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from largeformer.config.schema import GenerateConfig, Recipe
+from largeformer.parallel.environment import discover
+from largeformer.stages import prepare
+from largeformer.stages.weights import Source, find_source, load_model, on_this_world
+
+if TYPE_CHECKING:
+    from largeformer.stages.world import World
+
+
+def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> str:
+    """Print `prompt` and what the model goes on with, on rank 0; returns the new text."""
+    from largeformer.stages.world import enter_world
+
+    recipe = inference_layout(recipe, discover(os.environ).world_size)
+    found = find_source(recipe, source)
+    with enter_world(recipe, training=False) as world:
+        text = continue_prompt(recipe, world, found, prompt, settings)
+        if world.info.is_main:
+            print(prompt + text)
+    return text
+
+
+def inference_layout(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe as generation can run it in this world."""
+    from largeformer.evaluation.generation import inference_recipe
+
+    return inference_recipe(on_this_world(recipe, world_size))
+
+
+def continue_prompt(recipe: Recipe, world: World, source: Source, prompt: str, settings: GenerateConfig) -> str:
+    """The continuation of one prompt; alike on every rank. `recipe` is at an inference layout, which is the world's."""
+    from largeformer.evaluation.generation import generate
+
+    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    chunks = load_model(recipe, world, source.checkpoint)
+    (ids,) = generate(chunks, world.groups, [tokenizer.encode(prompt)], settings, tokenizer.eod, world.device)
+    return tokenizer.decode(ids)

@@ -1,0 +1,55 @@
+"""A trained model for evaluation and generation, at whatever layout this world has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from largeformer.artifact import Artifact
+from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
+from largeformer.stages import prepare
+
+if TYPE_CHECKING:
+    from largeformer.models.gpt import GPT
+    from largeformer.stages.world import World
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the prepared data of its run."""
+
+    checkpoint: Path
+    prepared: Artifact
+
+
+def find_source(recipe: Recipe, source: Path | None) -> Source:
+    """What `source` (a run, a stage or a checkpoint; default: the recipe's own run) means. Raises BadInputError where it is
+    not there, or its run holds no prepared data."""
+    from largeformer.checkpoint.commit import locate
+
+    checkpoint = locate(source or Path(recipe.run.output_dir) / "pretrain")
+    run_folder = checkpoint.absolute().parent.parent.parent
+    for folder in (run_folder / prepare.KIND, prepare.stage_folder(recipe)):
+        prepared = Artifact.read(folder)
+        if prepared is not None:
+            return Source(checkpoint, prepared)
+    raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
+
+
+def on_this_world(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe, unless a single process is asked to hold what was trained on many: then all of the model in one."""
+    return recipe if world_size > 1 else recipe.model_copy(update={"parallel": type(recipe.parallel)()})
+
+
+def load_model(recipe: Recipe, world: World, checkpoint: Path) -> list[GPT]:
+    """This rank's chunks in eval mode, with the checkpoint's weights."""
+    from largeformer.models.gpt import build_gpt
+    from largeformer.training.checkpointing import load_weights
+
+    chunks, shards = build_gpt(recipe, world.groups, world.device)
+    load_weights(checkpoint, shards)
+    for chunk in chunks:
+        chunk.eval()
+    return chunks
