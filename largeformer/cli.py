@@ -8,9 +8,11 @@ command, so that help and mistakes are told at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,6 +173,7 @@ def doctor(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Bad input is told once, by rank 0; a failure by every rank that sees it."""
+    _quieten_libraries()
     try:
         return _exit_code(app(args=None if arguments is None else list(arguments), prog_name="largeformer", standalone_mode=False))
     except BadInputError as error:
@@ -191,6 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _quieten_libraries() -> None:
+    """Megatron-core warns at import of each optional package that is missing, and torch of its own defaults: neither is news."""
+    for module in ("megatron", "deepspeed", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
+    for name in ("megatron", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _load(

@@ -58,6 +58,7 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             self.vocab_size,
             self.loss_chunk_size,
             self.tp_group,
+            torch.is_grad_enabled(),
         )
 
 

@@ -137,6 +137,12 @@ GPT2 = (
 )
 TABLES: dict[Style, tuple[Row, ...]] = {"llama": LLAMA, "gpt2": GPT2}
 THEIR_LAYER: dict[Style, str] = {"llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}
+_LLAMA_HAS: dict[str, tuple[object, ...]] = {"position_embedding": ("rope",), "activation": ("swiglu",)}
+_GPT2_HAS: dict[str, tuple[object, ...]] = {
+    "position_embedding": ("learned",),
+    "activation": ("gelu", "gelu_tanh"),
+    "add_bias_linear": (True,),
+}
 # What files of theirs may hold beside weights: causal masks, rotary tables.
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -173,15 +179,12 @@ class Architecture:
 def architecture(model: ModelConfig) -> Architecture:
     """The Hugging Face architecture that holds this shape. Raises BadInputError where none does, with what stands in the way."""
     is_gpt2 = model.normalization == "LayerNorm"
-    wanted = {"normalization": model.normalization}
-    if is_gpt2:
-        wanted |= {"position_embedding": "learned", "add_bias_linear": True, "activation": "gelu or gelu_tanh"}
-    else:
-        wanted |= {"position_embedding": "rope", "activation": "swiglu"}
+    family, needed = ("GPT-2", _GPT2_HAS) if is_gpt2 else ("Llama", _LLAMA_HAS)
     wrong = [
-        f"model.{key} is {getattr(model, key)}; a Hugging Face {'GPT-2' if is_gpt2 else 'Llama'} ({model.normalization}) has {value}"
-        for key, value in wanted.items()
-        if str(getattr(model, key)) not in str(value).split(" or ")
+        f"model.{key} is {getattr(model, key)}; a Hugging Face {family} (which {model.normalization} asks for) has "
+        f"{' or '.join(str(value) for value in values)}"
+        for key, values in needed.items()
+        if getattr(model, key) not in values
     ]
     if is_gpt2 and (model.query_groups != model.num_attention_heads or model.head_dim * model.num_attention_heads != model.hidden_size):
         wrong.append("a Hugging Face GPT-2 has no num_query_groups or kv_channels of its own; leave both out")

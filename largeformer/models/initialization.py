@@ -26,7 +26,7 @@ def initialize(shards: Sequence[Shard], seed: int, model: ModelConfig) -> None:
         values = shard.of(shard.parameter.data)
         if "norm" in shard.key and shard.key.endswith("weight"):
             values.fill_(1.0)
-        elif shard.key.endswith("bias"):
+        elif "bias" in shard.key.rsplit(".", 1)[-1]:  # `bias_w` and `bias_v` are SwiGLU's halves
             values.zero_()
         else:
             std = model.init_method_std / (math.sqrt(2.0 * model.num_layers) if shard.key.endswith(_RESIDUAL) else 1.0)

@@ -29,16 +29,18 @@ class HeadCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         chunk: int,
         group: dist.ProcessGroup,
+        with_gradients: bool,
     ) -> torch.Tensor:
-        """hidden: [n, h]; weight: [v, h]; labels: int64[n]; token_weights: float32[n].
+        """hidden: [n, h]; weight: [v, h]; labels: int64[n]; token_weights: float32[n]; with_gradients: whether a backward follows,
+        which cannot be told in here, where gradients are always off.
 
         Returns: float32[], the sum of `token_weights * -log p(label)`.
         """
         share = weight.shape[0]
         start = dist.get_rank(group) * share
         vocabulary = _Share(start, share, valid=min(max(vocab_size - start, 0), share), group=group)
-        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        d_hidden = torch.empty_like(hidden) if with_gradients and hidden.requires_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], chunk):
             rows = slice(begin, begin + chunk)
@@ -60,7 +62,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         d_hidden = None if ctx.d_hidden is None else ctx.d_hidden.mul_(scale)
         d_weight = None if ctx.d_weight is None else ctx.d_weight.mul_(scale).to(ctx.dtype)
         ctx.d_hidden = ctx.d_weight = None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 class _Share:

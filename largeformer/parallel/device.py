@@ -1,8 +1,8 @@
 """The device of this process, and the only place that teaches Megatron-core to run without CUDA.
 
-Megatron-core 0.16 asks for CUDA by name in five spots: the current device, `Tensor.cuda()`, `torch.cuda.synchronize`, one
-`torch.zeros(..., device="cuda")` in each schedule, and the random-state tracker. On a machine without a GPU these are
-answered by their CPU counterparts; nothing else of the library changes.
+Megatron-core 0.16 asks for CUDA by name in six spots: the current device, `Tensor.cuda()`, `torch.cuda.synchronize`, a
+`torch.zeros(..., device="cuda")` in each schedule, a `torch.ones` for the causal mask of its own attention, and the random-state
+tracker. On a machine without a GPU these are answered by their CPU counterparts; nothing else of the library changes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 _TRACKED = "model-parallel-rng"
 
 
-def prepare_device(local_rank: int) -> torch.device:
-    """Select this process's device: GPU number `local_rank` where CUDA is there, else the CPU, adapted."""
+def prepare_device(local_rank: int, local_world_size: int = 1) -> torch.device:
+    """Select this process's device: GPU number `local_rank` where CUDA is there, else its share of the CPU, adapted."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     _adapt_megatron_to_cpu()
     return torch.device("cpu")
 
@@ -78,12 +80,13 @@ def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
 def _adapt_megatron_to_cpu() -> None:
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import utils as megatron_utils
 
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    schedules.torch = _TorchOnCpu("torch")
+    schedules.torch = megatron_utils.torch = _TorchOnCpu("torch")
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, _cpu_tracker_class()):
@@ -92,7 +95,7 @@ def _adapt_megatron_to_cpu() -> None:
 
 
 class _TorchOnCpu(ModuleType):
-    """The `torch` that the schedules see: `zeros` answers a request for CUDA on the CPU, all else is torch itself."""
+    """The `torch` that these modules see: a tensor asked for on CUDA is made on the CPU, all else is torch itself."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -100,6 +103,10 @@ class _TorchOnCpu(ModuleType):
     @staticmethod
     def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
+
+    @staticmethod
+    def ones(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(*size, device="cpu" if device == "cuda" else device, **kwargs)
 
 
 def _cpu_tracker_class() -> type:

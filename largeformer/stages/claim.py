@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from largeformer.artifact import identity_hash, write_atomically
-from largeformer.config.dry_run import recipe_yaml
+from largeformer.artifact import MANIFEST, identity_hash, write_atomically
+from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 
@@ -24,7 +24,7 @@ def claim(folder: Path, recipe: Recipe, stage: str, fresh: bool) -> None:
     Raises BadInputError where it belongs to a recipe of another identity; with `fresh` that folder is set aside instead.
     """
     wanted = recipe.identity(stage)
-    there = _identity_in(folder, stage)
+    there = _identity_in(folder, stage) if _holds_results(folder) else None
     if there is not None and there != wanted:
         if not fresh:
             raise _belongs_to_another(folder, there, wanted)
@@ -41,15 +41,16 @@ def set_aside(folder: Path) -> None:
     folder.rename(old)
 
 
-def _identity_in(folder: Path, stage: str) -> dict[str, Any] | None:
-    """The identity that the folder was claimed with; None where it is free, empty where it cannot be told."""
+def _holds_results(folder: Path) -> bool:
+    """A folder in which nothing was finished or saved is free: a mistake in a recipe must not stand in the way of its mending."""
+    return (folder / MANIFEST).exists() or any(folder.glob("checkpoints/step_*"))
+
+
+def _identity_in(folder: Path, stage: str) -> dict[str, Any]:
+    """The identity that the folder was claimed with; empty where it cannot be told."""
     try:
-        text = (folder / CONFIG).read_text()
-    except FileNotFoundError:
-        return None
-    try:
-        return Recipe.model_validate(yaml.safe_load(text)).identity(stage)
-    except (ValidationError, yaml.YAMLError):
+        return Recipe.model_validate(yaml.safe_load((folder / CONFIG).read_text())).identity(stage)
+    except (OSError, ValidationError, yaml.YAMLError):
         return {}
 
 

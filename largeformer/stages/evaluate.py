@@ -50,7 +50,12 @@ def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
     tokenizer = prepare.open_tokenizer(recipe, folder)
     streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
     windows = evaluation_windows(
-        streams, recipe.model.seq_length, recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data
+        streams,
+        recipe.model.seq_length,
+        recipe.train.micro_batch_size,
+        world.groups.coordinates.data,
+        world.groups.layout.data,
+        eod=tokenizer.eod,
     )
     chunks = load_model(recipe, world, source.checkpoint)
     return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)

@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from largeformer.artifact import MANIFEST, Artifact, identity_hash, library_versions, read_status, write_atomically, write_status
-from largeformer.config.dry_run import recipe_yaml
+from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, write_atomically
 from largeformer.config.schema import Recipe
 from largeformer.data.indexed import SPLITS, Counts, IndexedWriter, open_indexed, parse_split, split_documents, split_tokens
 from largeformer.data.text import Document, Rejected, documents, source_files
 from largeformer.data.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
+from largeformer.stages.claim import claim
 from largeformer.stages.progress import ByteProgress
+from largeformer.stages.world import reporting
 
 KIND = "prepare"
 _TOKENIZER = "tokenizer.model"
@@ -58,32 +59,24 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact:
     """
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
-    there = Artifact.read(folder)
-    if there is not None and there.identity == identity:
-        return there
-    if there is not None and not fresh:
-        raise _belongs_to_another(folder, there.identity, identity)
-    if there is not None:
-        _set_aside(folder)
-    try:
+    with reporting(recipe, KIND):
+        there = Artifact.read(folder)
+        if there is not None and there.identity == identity:
+            return there
+        claim(folder, recipe, KIND, fresh)
         return _prepare(recipe, folder, identity)
-    except BaseException as error:
-        write_status(folder.parent, "failed", stage=KIND, error=str(error) or type(error).__name__)
-        raise
 
 
 def run_or_wait(recipe: Recipe, *, fresh: bool = False) -> Artifact:
-    """The prepare artifact on every rank: rank 0 makes it where it is missing. Needs no process group, and uses none."""
-    return run(recipe, fresh=fresh) if discover(os.environ).is_main else wait_or_load(recipe, fresh=fresh)
+    """`run` on rank 0 of the world that the launcher made, `wait_or_load` on the others."""
+    return run(recipe, fresh=fresh) if discover(os.environ).is_main else wait_or_load(recipe)
 
 
-def wait_or_load(
-    recipe: Recipe, *, fresh: bool = False, since: float | None = None, poll_seconds: float = 0.5, timeout: float | None = None
-) -> Artifact:
-    """The prepare artifact, as soon as rank 0 has finished it: without a collective, which would time out.
+def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: float = 0.5, timeout: float | None = None) -> Artifact:
+    """The prepare artifact, as soon as the rank that makes it has finished: without a collective, which would time out.
 
     A failure written before `since` (seconds since the epoch; by default about when this process started) is an earlier run's.
-    timeout: seconds, None for ever. Raises BadInputError where prepare failed or the folder is another recipe's, TimeoutError.
+    timeout: seconds, None for ever. Raises BadInputError where prepare failed on the rank that runs it, TimeoutError.
     """
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
@@ -93,22 +86,20 @@ def wait_or_load(
         there = Artifact.read(folder)
         if there is not None and there.identity == identity:
             return there
-        if there is not None and not fresh:
-            raise _belongs_to_another(folder, there.identity, identity)
         status = read_status(folder.parent) or {}
-        if status.get("status") == "failed" and status.get("time", 0.0) >= since:
-            raise BadInputError(f"prepare failed on rank 0: {status.get('error', 'no reason given')}")
+        if status.get("status") == "failed" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
+            raise BadInputError(f"prepare failed on the rank that runs it: {status.get('error', 'no reason given')}")
         if timeout is not None and time.monotonic() - started > timeout:
-            raise TimeoutError(f"no {folder / MANIFEST} after {timeout:g} s: is rank 0 alive, and the folder shared by all hosts?")
+            raise TimeoutError(
+                f"no {folder / 'manifest.json'} after {timeout:g} s: is the rank that runs prepare alive, and the folder shared?"
+            )
         time.sleep(poll_seconds)
 
 
 def _prepare(recipe: Recipe, folder: Path, identity: str) -> Artifact:
-    folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*.bin", "*.idx", "*.tmp", _QUARANTINE, _TOKENIZER):  # An interrupted prepare may have left some.
         for leftover in folder.glob(pattern):
             leftover.unlink()
-    write_atomically(folder / "config.yaml", recipe_yaml(recipe).encode())
     metrics: dict[str, Any] = {}
     if not recipe.data.is_mock:
         parse_split(recipe.data.split)
@@ -267,18 +258,3 @@ def _row(item: Rejected) -> bytes:
 
 def _place(item: Rejected) -> str:
     return f"{item.file}:{item.line}: {item.reason}"
-
-
-def _belongs_to_another(folder: Path, there: str, wanted: str) -> BadInputError:
-    return BadInputError(
-        f"{folder} belongs to another recipe (identity {there}, this recipe is {wanted}): choose another run.output_dir, or pass "
-        "--fresh to set the old folder aside"
-    )
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename `folder` to the first of `folder.old-1`, `.old-2`, ... that is not taken."""
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(old)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from largeformer.artifact import Status, write_status
 from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from largeformer.parallel.groups import ParallelGroups
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class World:
     """This rank, its device and its groups under the recipe's layout; `deepspeed` is the resolved config for it."""
@@ -31,19 +34,21 @@ class World:
     groups: ParallelGroups
     deepspeed: dict[str, Any]
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Run `work` on rank 0 while the others wait. Bad input that it finds is raised on every rank."""
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank; the others wait. Bad input that it finds is raised on every rank."""
         import torch.distributed as dist
 
-        problems: list[list[str] | None] = [None]
+        held: list[Any] = [None, None]
         if self.info.is_main:
             try:
-                work()
+                held = [work(), None]
             except BadInputError as error:
-                problems = [error.problems]
-        dist.broadcast_object_list(problems, src=0, device=self.device)
-        if problems[0] is not None:
-            raise BadInputError(problems[0])
+                held = [None, error.problems]
+        dist.broadcast_object_list(held, src=0, device=self.device)
+        result, problems = held
+        if problems is not None:
+            raise BadInputError(problems)
+        return result  # type: ignore[no-any-return]
 
     def regroup(self, recipe: Recipe) -> World:
         """The same ranks under another layout."""
@@ -51,6 +56,16 @@ class World:
 
         destroy_groups()
         return replace(self, groups=create_groups(recipe.layout(self.info.world_size)))
+
+
+def check_world(recipe: Recipe) -> None:
+    """Raise BadInputError where recipe, DeepSpeed config, world and machine do not fit: before data is touched."""
+    from largeformer.parallel.device import machine_problems
+
+    info = discover(os.environ)
+    resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
+    if problems := machine_problems(recipe.train.precision, info.local_rank):
+        raise BadInputError(problems)
 
 
 @contextlib.contextmanager
@@ -70,7 +85,7 @@ def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
 
     if problems := machine_problems(recipe.train.precision, info.local_rank):
         raise BadInputError(problems)
-    device = prepare_device(info.local_rank)
+    device = prepare_device(info.local_rank, info.local_world_size)
     join_world(info.rank, info.world_size, f"tcp://{info.master_addr}:{info.master_port}", device)
     groups = create_groups(recipe.layout(info.world_size))
     at = groups.coordinates

@@ -21,6 +21,14 @@ class EarlyStopping:
         self._best: float | None = None
         self._bad_validations = 0
 
+    @classmethod
+    def restored(cls, config: EarlyStoppingConfig | None, state: dict[str, Any]) -> EarlyStopping:
+        """As `state_dict` left it; an empty state is a fresh start."""
+        made = cls(config)
+        if state:
+            made.load_state_dict(state)
+        return made
+
     @property
     def metric(self) -> str:
         """Key of the validation row to pass to `update`."""

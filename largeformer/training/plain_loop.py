@@ -38,7 +38,7 @@ class PlainLoop:
         total = torch.zeros_like(tokens)
         for batch in batches:
             loss = self._loss_of(batch) / tokens
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             if self._masters:
                 self._accumulate()

@@ -56,7 +56,9 @@ def fit(run: Training) -> Outcome:
     """Train until `train_iters`, early stopping or a requested exit; validate, save and report on the way."""
     watch = _StopWatch(run)
     outcome: Outcome = "finished"
-    while run.progress.step < run.train.train_iters:
+    started_at = run.progress.step
+    last = min(run.train.train_iters, run.train.exit_iteration or run.train.train_iters)
+    while run.progress.step < last:
         lr = run.schedule.at(run.progress.next_optimizer_step)
         result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
         run.progress = run.progress.after(result, run.data.consumed_samples)
@@ -65,25 +67,25 @@ def fit(run: Training) -> Outcome:
             watch.report()
         if _due(run, run.train.eval_interval) and _validate(run, watch):
             outcome = "stopped early"
-        if _exit_requested(run, watch.minutes):
+        if _out_of_time(run, watch.minutes):
             outcome = "exit requested"
         if outcome != "finished":
             break
-        if run.save_interval and run.progress.step % run.save_interval == 0 and run.progress.step < run.train.train_iters:
+        if run.save_interval and run.progress.step % run.save_interval == 0 and run.progress.step < last:
             _save(run, watch)
-    _save(run, watch)
-    return outcome
+    if run.progress.step > started_at:
+        _save(run, watch)
+    return "exit requested" if outcome == "finished" and run.progress.step < run.train.train_iters else outcome
 
 
 def _due(run: Training, interval: int) -> bool:
     return run.progress.step % interval == 0 or run.progress.step == run.train.train_iters
 
 
-def _exit_requested(run: Training, minutes: float) -> bool:
+def _out_of_time(run: Training, minutes: float) -> bool:
     limit = run.train.exit_duration_minutes
     # Clocks differ: the slowest rank decides for all, so that all leave at the same step.
-    too_long = limit is not None and run.engine.groups.largest(minutes) >= limit
-    return too_long or run.progress.step == run.train.exit_iteration
+    return limit is not None and run.engine.groups.largest(minutes) >= limit
 
 
 def _validate(run: Training, watch: _StopWatch) -> bool:

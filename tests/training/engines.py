@@ -35,9 +35,9 @@ PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 
 def sgd_recipe(**sections: Mapping[str, Any] | str) -> Recipe:
     """Plain SGD at rate 0.1 without decay or clipping, so that a step shows the gradient; larger weights than usual, so that
-    the gradient is no smaller than they are. 8 sequences in micro batches of one, ZeRO 0."""
+    the gradient is no smaller than they are. 2 layers, 8 sequences in micro batches of one, ZeRO 0."""
     tiny: dict[str, Any] = {
-        "model": {"init_method_std": 0.1},
+        "model": {"num_layers": 2, "init_method_std": 0.1},
         "train": {"micro_batch_size": 1, "global_batch_size": 8},
         "optimizer": {"type": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "clip_grad": 0.0, "backend": "torch"},
         "deepspeed": "ds_configs/zero0.json",
