@@ -66,7 +66,9 @@ def locate(source: Path) -> Path:
         found = newest(folder)
         if found is not None:
             return found
-    raise BadInputError(f"{source} holds no checkpoint: name a run, a stage, or a folder such as {source}/pretrain/checkpoints/step_00000100")
+    raise BadInputError(
+        f"{source} holds no checkpoint: name a run, a stage, or a folder such as {source}/pretrain/checkpoints/step_00000100"
+    )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 # Without the first, layers share a key and the last one silently wins; without the second, so do the halves of SwiGLU.
 METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": True}

@@ -49,9 +49,7 @@ class Progress:
         return self.step - self.skipped + 1
 
     def after(self, result: StepResult, samples: int) -> Progress:
-        return replace(
-            self, step=self.step + 1, skipped=self.skipped + result.skipped, samples=samples, tokens=self.tokens + result.tokens
-        )
+        return replace(self, step=self.step + 1, skipped=self.skipped + result.skipped, samples=samples, tokens=self.tokens + result.tokens)
 
 
 @dataclass(frozen=True)

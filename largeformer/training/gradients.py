@@ -73,7 +73,9 @@ def clip_gradients(chunks: Sequence[torch.nn.Module], max_norm: float, groups: P
     gradients = [p.grad for p in _parameters(chunks) if p.grad is not None]
     counted = [p.grad for p in _parameters(chunks) if p.grad is not None and counts_here(p, groups)]
     device = gradients[0].device
-    square = torch.stack([g.float().square().sum(dtype=torch.float64) for g in counted]).sum() if counted else torch.zeros((), device=device)
+    square = (
+        torch.stack([g.float().square().sum(dtype=torch.float64) for g in counted]).sum() if counted else torch.zeros((), device=device)
+    )
     square = square.double()
     dist.all_reduce(square, group=groups.model)
     norm = square.sqrt().item()

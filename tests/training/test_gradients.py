@@ -106,9 +106,7 @@ def test_penalties_count_each_matrix_once(ranks: Ranks, layout: str, penalty: st
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_weight_decay_is_for_matrices_only(ranks: Ranks, optimizer: str) -> None:
     """Steps with and without decay differ in matrices, and for SGD and AdamW by lr * decay * w there."""
-    kept, decayed = (
-        step_at(ranks, "one process, ZeRO 1", optimizer={"type": optimizer, "weight_decay": decay}) for decay in (0.0, 0.5)
-    )
+    kept, decayed = (step_at(ranks, "one process, ZeRO 1", optimizer={"type": optimizer, "weight_decay": decay}) for decay in (0.0, 0.5))
     for name, weight in kept.before.items():
         difference = kept.after[name] - decayed.after[name]
         if weight.dim() == 1:

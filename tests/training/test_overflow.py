@@ -81,9 +81,7 @@ class Run:
     scaler: dict[str, float | int]
 
 
-def train(
-    ranks: RankContext, recipe: Recipe, script: str, hold_scale: bool = False, scaler: dict[str, float | int] | None = None
-) -> Run:
+def train(ranks: RankContext, recipe: Recipe, script: str, hold_scale: bool = False, scaler: dict[str, float | int] | None = None) -> Run:
     """A step for each letter of `script`: "." is good, "x" overflows. Good step n is of batch n and of the schedule's rate for the
     steps so far. `hold_scale` puts the loss scale back after each step; `scaler` is an earlier run's, to go on with."""
     schedule = LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters)

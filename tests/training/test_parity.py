@@ -116,7 +116,12 @@ def _check(reference: Any, other: Any, numbers: float, tensors: float) -> None:
 
 @pytest.mark.parametrize(
     ("case", "model", "accumulation"),
-    [pytest.param(c, m, a, id=f"{c.name}-{m}-gas{a}") for c in sorted(CASES, key=lambda c: c.ranks) for m in c.models for a in c.accumulation],
+    [
+        pytest.param(c, m, a, id=f"{c.name}-{m}-gas{a}")
+        for c in sorted(CASES, key=lambda c: c.ranks)
+        for m in c.models
+        for a in c.accumulation
+    ],
 )
 def test_layout_equals_one_process(ranks: Pools, references: Callable[..., Any], case: Case, model: str, accumulation: int) -> None:
     reference = references(model)
