@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -92,12 +92,13 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None, "set_up_planner comes first"
         items: list[ReadItem] = []
         for block in self._blocks.values():
             stored = self.metadata.state_dict_metadata.get(block.name)
             reads = create_read_items_for_chunk_list(block.name, stored, [block.chunk]) if _matches(stored, block) else []
             if sum(math.prod(read.lengths) for read in reads) != block.tensor.numel():
-                found = f"of shape {list(stored.size)}" if stored is not None else "absent"
+                found = f"of shape {list(stored.size)}" if isinstance(stored, TensorStorageMetadata) else "absent"
                 raise BadInputError(
                     f"{self._folder} does not hold {block.name} of shape {list(block.global_shape)} (it is {found}): "
                     "the checkpoint belongs to another model, or is incomplete"
@@ -116,8 +117,8 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         """Nothing to do: `resolve_tensor` gave out the destination itself."""
 
 
-def _matches(stored: TensorStorageMetadata | None, block: Block) -> bool:
-    return stored is not None and tuple(stored.size) == block.global_shape
+def _matches(stored: object, block: Block) -> TypeGuard[TensorStorageMetadata]:
+    return isinstance(stored, TensorStorageMetadata) and tuple(stored.size) == block.global_shape
 
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -139,7 +139,7 @@ def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> t
     shards = describe(chunks, recipe.tokenizer.vocab_size)
     for shard in shards:
         # Gradient norms count a sharded parameter on every tensor-parallel rank, any other on the first alone.
-        shard.parameter.tensor_model_parallel = shard.shape != shard.global_shape
+        shard.parameter.tensor_model_parallel = shard.shape != shard.global_shape  # type: ignore[attr-defined]
     initialize(shards, recipe.run.seed, recipe.model)
     return chunks, shards
 

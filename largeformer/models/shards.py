@@ -53,7 +53,7 @@ def describe(chunks: Sequence[torch.nn.Module], vocab_size: int) -> list[Shard]:
     """
     shards = []
     for index, chunk in enumerate(chunks):
-        state = chunk.sharded_state_dict(metadata=dict(METADATA))
+        state = chunk.sharded_state_dict(metadata=dict(METADATA))  # type: ignore[operator]
         apply_factories(state)
         prefix = f"{index}." if len(chunks) > 1 else ""
         owners = {p.untyped_storage().data_ptr(): (prefix + name, p) for name, p in chunk.named_parameters()}

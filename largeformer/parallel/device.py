@@ -84,8 +84,8 @@ def _adapt_megatron_to_cpu() -> None:
 
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     schedules.torch = megatron_utils.torch = _TorchOnCpu("torch")
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -118,7 +118,9 @@ def _cpu_tracker_class() -> type:
     if made is not None:
         return made  # type: ignore[no-any-return]
 
-    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc,name-defined]
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]
+        _current_state_name: str
+
         def add(self, name: str, seed: int) -> None:
             before = torch.get_rng_state()
             torch.manual_seed(seed)

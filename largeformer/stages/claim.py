@@ -58,8 +58,8 @@ def _belongs_to_another(folder: Path, there: Mapping[str, Any], wanted: Mapping[
     differences = list(_differences(there, wanted))
     shown = "; ".join(differences[:_SHOWN]) + (f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else "")
     return BadInputError(
-        f"{folder} belongs to another recipe (identity {identity_hash(there)}, this one is {identity_hash(wanted)}: {shown}). Choose another "
-        "run.output_dir, or pass --fresh to set the old folder aside"
+        f"{folder} belongs to another recipe (identity {identity_hash(there)}, this one is {identity_hash(wanted)}: {shown}). "
+        "Choose another run.output_dir, or pass --fresh to set the old folder aside"
     )
 
 

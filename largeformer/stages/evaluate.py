@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from largeformer.artifact import Artifact, identity_hash, library_versions
 from largeformer.config.schema import Recipe
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from largeformer.evaluation.perplexity import LossTotal
 
 STAGE = "evaluate"
-SPLIT = "test"
+SPLIT: Final = "test"
 
 
 def run(recipe: Recipe, source: Path | None = None) -> Artifact:

@@ -47,9 +47,12 @@ def run(recipe: Recipe, nproc: int) -> int:
 
 
 def comparable(recipe: Recipe, precision: str) -> Recipe:
-    """The recipe as parity runs it: without dropout, at `precision`."""
+    """The recipe as parity runs it: without dropout, at `precision`, and with plain SGD: Adam's first step is the gradient's sign,
+    which rounding decides wherever a gradient is nearly nothing."""
     model = recipe.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
-    return recipe.model_copy(update={"model": model, "train": recipe.train.model_copy(update={"precision": precision})})
+    train = recipe.train.model_copy(update={"precision": precision})
+    optimizer = recipe.optimizer.model_copy(update={"type": "sgd", "momentum": 0.0, "backend": "auto"})
+    return recipe.model_copy(update={"model": model, "train": train, "optimizer": optimizer})
 
 
 def one_process(recipe: Recipe) -> Recipe:

@@ -103,6 +103,8 @@ class Engine:
         norm = self._norm_without_zero() if self._zero_stage == 0 else None
         self.wrapped.step()
         skipped = not self.wrapped.was_step_applied()
+        if self.wrapped.fp16_enabled():
+            self.wrapped.optimizer.loss_scaler.update_scale(skipped)
         if self._zero_stage > 0 and not skipped:
             norm = float(self.wrapped.get_global_grad_norm())
         return StepResult(accumulated.loss, accumulated.tokens, None if skipped else norm, accumulated.loss_scale, skipped)
@@ -177,6 +179,10 @@ def build_engine(
         )
     if wrapped.zero_optimization_stage() == 0:
         wrapped.clip_fp32_gradients = lambda: None  # clipped before the step, see `_norm_without_zero`
+    if wrapped.fp16_enabled():
+        # DeepSpeed moves the loss scale before it unscales, so that each step that doubles it would halve the gradients
+        # (0.19.8, both of its ZeRO optimizers; DeepSpeed#8588). `Engine.step` moves it afterwards.
+        wrapped.optimizer._update_scale = lambda has_overflow=False: None
     return Engine(wrapped, chunks, shards, groups, penalty)
 
 
@@ -187,5 +193,5 @@ def compile_layers(chunks: Sequence[torch.nn.Module]) -> None:
     # The library warns once, through an attribute of the function, which a compiled layer cannot set.
     layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
     for chunk in chunks:
-        for layer in chunk.decoder.layers:
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]
             layer.compile()

@@ -31,7 +31,7 @@ def hook_sequence_parallel(chunks: Sequence[torch.nn.Module], groups: ParallelGr
 
     for parameter in _parameters(chunks):
         if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(reduce)
+            parameter.register_hook(reduce)  # type: ignore[no-untyped-call]
 
 
 def hook_penalties(chunks: Sequence[torch.nn.Module], config: OptimizerConfig, scale: Scale) -> None:
@@ -44,7 +44,9 @@ def hook_penalties(chunks: Sequence[torch.nn.Module], config: OptimizerConfig, s
         return
 
     def hook(parameter: torch.nn.Parameter) -> None:
-        parameter.register_hook(lambda grad: grad + scale.value * penalty_gradient(parameter.detach(), l1, l2))
+        parameter.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: grad + scale.value * penalty_gradient(parameter.detach(), l1, l2)
+        )
 
     for parameter in _parameters(chunks):
         if parameter.dim() > 1 and not _counted_elsewhere(parameter):
@@ -58,7 +60,7 @@ def sum_tied_gradients(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
     chunk = chunks[0] if groups.is_first_stage else chunks[-1]
     if not chunk.share_embeddings_and_output_weights:
         return
-    weight = chunk.shared_embedding_or_output_weight()
+    weight = chunk.shared_embedding_or_output_weight()  # type: ignore[operator]
     # DeepSpeed's bf16 optimizer accumulates in float32 beside the parameter.
     gradient = getattr(weight, "_hp_grad", None) if getattr(weight, "_hp_grad", None) is not None else weight.grad
     dist.all_reduce(gradient, group=groups.embedding)

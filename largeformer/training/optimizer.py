@@ -17,7 +17,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Param
     parameter still has its shape.
     """
     groups = parameter_groups(parameters, config.weight_decay)
-    adam = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     backend = resolve_backend(config, offloaded)
     if config.type == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=backend == "torch_fused" or None)
@@ -25,11 +25,11 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Param
     if backend == "deepspeed_cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)  # type: ignore[no-any-return]
     if backend == "deepspeed_fused":
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=decoupled, **adam)
+        return FusedAdam(groups, adam_w_mode=decoupled, **adam)  # type: ignore[no-any-return]
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     return kind(groups, fused=backend == "torch_fused" or None, **adam)
 

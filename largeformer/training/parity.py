@@ -44,7 +44,7 @@ class Measurement:
                 kind, key = name.split(".", 1)
                 kinds[kind][key] = file.get_tensor(name)
             numbers = json.loads(file.metadata()["numbers"])
-        return cls(**numbers, **kinds)
+        return cls(**numbers, gradients=kinds["gradients"], values=kinds["values"])
 
 
 @dataclass(frozen=True)

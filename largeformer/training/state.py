@@ -7,6 +7,7 @@ and go in again. Functions that say so are collective over data parallel: every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class EngineState:
 
         link_moments(self._wrapped.optimizer)
         for kind in kinds:
-            yield from self._counted_blocks(kind, self.master if kind == "master" else lambda p, kind=kind: self.moment(p, kind))
+            yield from self._counted_blocks(kind, self.master if kind == "master" else partial(self.moment, kind=kind))
 
     def weight_blocks(self) -> Iterator[Block]:
         """The same of the weights, in the model's dtype, named by their keys. Collective."""

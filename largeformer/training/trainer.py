@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -49,7 +49,7 @@ class Training:
     save: Callable[[TrainingState], Path]
     save_interval: int | None
     wandb_run_id: str | None = None
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
 
 
 def fit(run: Training) -> Outcome:

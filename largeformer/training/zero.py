@@ -25,9 +25,9 @@ def set_state(wrapped: Any, parameter: torch.nn.Parameter, values: Mapping[str, 
         if hasattr(parameter, "ds_tensor"):
             _set_partition(parameter, value, None if kind == "master" else kind)
         elif kind == "master":
-            parameter.set_full_hp_param(value)
+            parameter.set_full_hp_param(value)  # type: ignore[attr-defined]
         else:
-            parameter.set_full_hp_param(value, kind)
+            parameter.set_full_hp_param(value, kind)  # type: ignore[attr-defined]
 
 
 def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:

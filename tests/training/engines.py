@@ -23,6 +23,7 @@ from largeformer.parallel.device import prepare_device, seed_ranks
 from largeformer.parallel.groups import ParallelGroups, create_groups, destroy_groups
 from largeformer.training.checkpointing import load_weights
 from largeformer.training.engine import Engine, build_engine
+from largeformer.training.zero import link_moments
 from tests.distributed import RankContext
 from tests.recipes import tiny_recipe
 
@@ -67,6 +68,13 @@ class Bench:
 
     def weights(self) -> Tensors:
         return self.gathered(self.engine.state.master)
+
+    def moments(self, kind: str) -> Tensors:
+        """Empty before the first step."""
+        if kind not in self.engine.state.moments:
+            return {}
+        link_moments(self.engine.wrapped.optimizer)
+        return self.gathered(lambda parameter: self.engine.state.moment(parameter, kind))
 
     def gradients(self) -> Tensors:
         """Between backward and step."""

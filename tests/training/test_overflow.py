@@ -97,8 +97,7 @@ def train(ranks: RankContext, recipe: Recipe, script: str, hold_scale: bool = Fa
             scales.append(bench.engine.loss_scale)
             if hold_scale:
                 bench.engine.restore_scaler({"cur_scale": SCALE})
-        moments = bench.gathered(lambda parameter: bench.engine.state.moment(parameter, "exp_avg"))
-        return Run(results, rates, scales, progress, bench.weights(), moments, bench.engine.scaler_state())
+        return Run(results, rates, scales, progress, bench.weights(), bench.moments("exp_avg"), bench.engine.scaler_state())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

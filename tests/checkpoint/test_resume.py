@@ -1,0 +1,121 @@
+"""2 N steps in one run against N steps, a checkpoint, everything built anew, and N more: the same digits, in fp32 on the CPU.
+
+Dropout is on and the data are shuffled, so that the random states and the place in the data count too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from largeformer.checkpoint.commit import committed
+from largeformer.config.schema import Recipe
+from largeformer.data.loader import Batches
+from largeformer.data.splits import MockSamples
+from largeformer.parallel.device import rng_states
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
+from largeformer.training.schedule import LearningRateSchedule
+from tests.distributed import RankContext, RankPool
+from tests.recipes import GPT2
+from tests.training.engines import PP2, TP2, TP2_SP, Bench, Tensors, assert_same, bench_of, sgd_recipe
+
+Ranks = Callable[[int], RankPool]
+N = 3
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+# world size, parallel section, DeepSpeed config, optimizer, precision, keys of the model
+CASES: dict[str, tuple[int, dict[str, Any], str, str, str, dict[str, Any]]] = {
+    "one process": (1, {}, "zero0", "adamw", "fp32", {}),
+    "one process, SGD": (1, {}, "zero0", "sgd", "fp32", {}),
+    "ZeRO 1, tied with biases": (1, {}, "zero1", "adam", "fp32", GPT2),
+    "DP2": (2, {}, "zero0", "adamw", "fp32", {}),
+    "DP2, ZeRO 1": (2, {}, "zero1", "adamw", "fp32", {}),
+    "DP2, ZeRO 1, SGD": (2, {}, "zero1", "sgd", "fp32", {}),
+    "DP2, ZeRO 2": (2, {}, "zero2", "adamw", "fp32", {}),
+    "DP2, ZeRO 3": (2, {}, "zero3", "adamw", "fp32", {}),
+    "DP2, ZeRO 3, SGD": (2, {}, "zero3", "sgd", "fp32", {}),
+    "TP2": (2, TP2, "zero0", "adamw", "fp32", {}),
+    "TP2 SP, tied with biases": (2, TP2_SP, "zero1", "adamw", "fp32", GPT2),
+    "PP2": (2, PP2, "zero0", "adamw", "fp32", {}),
+    "PP2 tied, ZeRO 1": (2, PP2, "zero1", "adamw", "fp32", GPT2),
+    "PP2, 2 virtual stages": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}, "zero1", "adamw", "fp32", {"num_layers": 4}),
+    "bf16": (1, {}, "zero1", "adamw", "bf16", {}),
+    "bf16, DP2, ZeRO 1": (2, {}, "zero1", "adamw", "bf16", {}),
+    "bf16, DP2, ZeRO 3": (2, {}, "zero3", "adamw", "bf16", {}),
+    "bf16, PP2 tied": (2, PP2, "zero1", "adamw", "bf16", GPT2),
+}
+
+
+@dataclass(frozen=True)
+class End:
+    """What a run ends with, on this rank; the tensors are gathered on rank 0."""
+
+    losses: list[float]
+    progress: Progress
+    weights: Tensors
+    moments: dict[str, Tensors]
+    random: Tensors
+
+
+def recipe_of(case: str) -> tuple[int, Recipe]:
+    world_size, parallel, zero, optimizer, precision, model = CASES[case]
+    recipe = sgd_recipe(
+        model={"num_layers": 2, "init_method_std": 0.1, **model, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        parallel=parallel,
+        train={"precision": precision, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 2 * N},
+        optimizer={"type": optimizer, "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "clip_grad": 1.0, "lr_warmup_iters": 2},
+        deepspeed=f"ds_configs/{zero}.json",
+    )
+    return world_size, recipe
+
+
+def train(ranks: RankContext, recipe: Recipe, steps: int, folder: Path, resume: bool) -> End:
+    """`steps` steps, from the start or from the checkpoint in `folder`; then a checkpoint there."""
+    checkpoint = committed(folder)[-1] if resume else None
+    with bench_of(ranks, recipe, weights_from=checkpoint) as bench:
+        progress = load_training_state(checkpoint, bench.engine).progress if checkpoint else Progress()
+        losses, progress = run_steps(bench, progress, steps)
+        save_checkpoint(folder, bench.engine, TrainingState(progress), "", keep_last=1)
+        moments = {kind: bench.moments(kind) for kind in MOMENTS[recipe.optimizer.type]}
+        return End(losses, progress, bench.weights(), moments, rng_states())
+
+
+def run_steps(bench: Bench, progress: Progress, steps: int) -> tuple[list[float], Progress]:
+    recipe, at = bench.recipe, bench.groups.coordinates
+    samples = MockSamples(recipe.model.seq_length, recipe.tokenizer.vocab_size, 8 * 2 * N, (recipe.run.seed,))
+    data = Batches(
+        samples,
+        recipe.train.micro_batch_size,
+        at.data,
+        bench.groups.layout.data,
+        batch_sizes=lambda _: recipe.train.global_batch_size,
+        consumed_samples=progress.samples,
+    )
+    schedule = LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters)
+    losses = []
+    for _ in range(steps):
+        result = bench.engine.train_step(data.next(), schedule.at(progress.next_optimizer_step))
+        progress = progress.after(result, data.consumed_samples)
+        losses.append(result.loss)
+    return losses, progress
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_goes_on_as_if_never_stopped(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    world_size, recipe = recipe_of(case)
+    whole: list[End] = ranks(world_size).run(train, recipe, 2 * N, tmp_path / "whole", False)
+    halves: list[list[End]] = [ranks(world_size).run(train, recipe, N, tmp_path / "halves", resume) for resume in (False, True)]
+    for rank, expected in enumerate(whole):
+        first, second = (half[rank] for half in halves)
+        assert first.losses + second.losses == expected.losses
+        assert second.progress == expected.progress
+        assert_same(second.random, expected.random, 0)
+    assert len(set(whole[0].losses)) == 2 * N
+    first, second, expected = halves[0][0], halves[1][0], whole[0]
+    assert_same(second.weights, expected.weights, 0)
+    for kind, moments in expected.moments.items():
+        assert_same(second.moments[kind], moments, 0)
