@@ -7,6 +7,7 @@ with one Megatron-core's schedules drive the modules and DeepSpeed is told when 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def build_engine(
     """Wrap this rank's chunks, described by `shards`. `deepspeed_config` is resolved: it holds no "auto"."""
     import deepspeed
 
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce of its own at the start. Its ranks wait by spinning, and each
+    # leaves 69 MB in /dev/shm for good (0.19.8). gloo does without.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     penalty = PenaltyScale()
     hook_sequence_parallel(chunks, groups)
     hook_penalties(chunks, recipe.optimizer, penalty)

@@ -81,10 +81,14 @@ class EngineState:
         """Set masters and moments from what `read` fills in. The weights were read before the engine was made."""
         from largeformer.training.zero import set_state
 
-        for parameter, shards in self._by_parameter():
+        parameters = self._by_parameter()
+        for parameter, shards in parameters:
             values = {kind: torch.zeros(_shape(parameter), dtype=torch.float32) for kind in kinds}
             read([_block(f"{kind}.{s.key}", s, s.of(value)) for kind, value in values.items() for s in shards])
             set_state(self._wrapped, parameter, values, steps)
+        # Reading is collective over the world, and pipeline stages hold different numbers of parameters.
+        for _ in range(len(parameters), round(self._groups.largest(len(parameters)))):
+            read([])
 
     @property
     def _base(self) -> torch.optim.Optimizer:

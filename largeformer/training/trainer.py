@@ -63,11 +63,13 @@ def fit(run: Training) -> Outcome:
         result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
         run.progress = run.progress.after(result, run.data.consumed_samples)
         watch.lap(result, lr)
+        if result.skipped:
+            run.tracker.event("skipped", run.progress.step, loss_scale=result.loss_scale)
         if _due(run, run.train.log_interval):
             watch.report()
         if _due(run, run.train.eval_interval) and _validate(run, watch):
             outcome = "stopped early"
-        if _out_of_time(run, watch.minutes):
+        elif _out_of_time(run, watch.minutes):
             outcome = "exit requested"
         if outcome != "finished":
             break
@@ -151,6 +153,4 @@ class _StopWatch:
             memory_gib=run.engine.groups.largest(peak_memory_gib(run.device)),
         )
         run.tracker.log(metrics.row(run.machine))
-        if result.skipped:
-            run.tracker.event("skipped", run.progress.step, loss_scale=result.loss_scale)
         self._steps, self._seconds, self._tokens = 0, 0.0, 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -98,6 +99,16 @@ def bench_of(ranks: RankContext, recipe: Recipe, weights_from: Path | None = Non
     finally:
         destroy_groups()
         engine.wrapped.destroy()
+
+
+@contextlib.contextmanager
+def fp16_on_cpu() -> Iterator[None]:
+    """PyTorch computes fp16 on every CPU, slowly, which a tiny model does not mind. DeepSpeed asks the accelerator whether it
+    has fp16 arithmetic; that answer is all that is replaced."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+        yield
 
 
 def global_batch(recipe: Recipe, seed: int = 5, mask: torch.Tensor | None = None) -> Batch:

@@ -1,7 +1,4 @@
-"""fp16 and its loss scale, trained for real on the CPU: PyTorch computes fp16 there, slowly, which a tiny model does not mind.
-
-DeepSpeed asks the accelerator first whether it has fp16 arithmetic; that answer is all that is replaced here.
-"""
+"""fp16 and its loss scale, trained for real, on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ from largeformer.training.engine import StepResult
 from largeformer.training.schedule import LearningRateSchedule
 from tests.distributed import RankContext, RankPool
 from tests.recipes import GPT2
-from tests.training.engines import PP2, TP2_SP, Bench, Tensors, assert_same, bench_of, global_batch, sgd_recipe
+from tests.training.engines import PP2, TP2_SP, Bench, Tensors, assert_same, bench_of, fp16_on_cpu, global_batch, sgd_recipe
 
 Ranks = Callable[[int], RankPool]
 SCALE = 2.0**8
@@ -36,14 +32,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "PP2": (2, PP2, "zero1", {}),
     "PP2 tied": (2, PP2, "zero1", GPT2),
 }
-
-
-@contextlib.contextmanager
-def fp16_bench(ranks: RankContext, recipe: Recipe) -> Iterator[Bench]:
-    from deepspeed.accelerator import get_accelerator
-
-    with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True), bench_of(ranks, recipe) as bench:
-        yield bench
 
 
 def recipe_at(layout: str, precision: str = "fp16", **train: Any) -> tuple[int, Recipe]:
@@ -86,7 +74,7 @@ def train(ranks: RankContext, recipe: Recipe, script: str, hold_scale: bool = Fa
     steps so far. `hold_scale` puts the loss scale back after each step; `scaler` is an earlier run's, to go on with."""
     schedule = LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters)
     progress, results, rates, scales = Progress(), [], [], []
-    with fp16_bench(ranks, recipe) as bench:
+    with fp16_on_cpu(), bench_of(ranks, recipe) as bench:
         bench.engine.restore_scaler(scaler or {})
         for letter in script:
             batches = bench.share(global_batch(recipe, seed=progress.next_optimizer_step))
