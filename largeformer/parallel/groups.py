@@ -7,6 +7,7 @@ of ours receives a `ParallelGroups` instead. DeepSpeed receives its `mpu`.
 from __future__ import annotations
 
 import datetime
+import gc
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -141,7 +142,15 @@ def create_groups(layout: Layout) -> ParallelGroups:
 
 
 def destroy_groups() -> None:
-    """Forget the layout, so that another can be made in the same world (tests, parity)."""
+    """Undo the layout, so that another can be made in the same world (tests, evaluation after training).
+
+    Megatron-core forgets its groups without ending them, and each of some twenty keeps its threads. What was built on them, a
+    model and its engine, lies in reference cycles and goes here as well.
+    """
     from megatron.core import parallel_state
 
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    gc.collect()
