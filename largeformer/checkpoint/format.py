@@ -43,7 +43,8 @@ class Block:
 
 
 def write_blocks(folder: Path, blocks: Iterable[Block]) -> None:
-    """Write this rank's blocks into `folder`. Collective; together the ranks' blocks cover each global tensor exactly once."""
+    """Write this rank's blocks into `folder`, at most one of each tensor. Collective; together the ranks' blocks cover each global
+    tensor exactly once."""
     planner = _SavePlanner(blocks)
     # Without a process group the library writes alone, which is what a single process wants, and warns of it.
     with warnings.catch_warnings():
@@ -57,7 +58,14 @@ def read_blocks(folder: Path, blocks: Sequence[Block]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(blocks, folder), no_dist=not dist.is_initialized())
+        try:
+            dcp.load({}, storage_reader=reader, planner=_LoadPlanner(blocks, folder), no_dist=not dist.is_initialized())
+        except dcp.api.CheckpointException as error:
+            # Raised on every rank, around what any of them met.
+            found = [failure for failure, _ in error.failures.values() if isinstance(failure, BadInputError)]
+            if found:
+                raise BadInputError(list(dict.fromkeys(problem for failure in found for problem in failure.problems))) from None
+            raise
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -66,6 +74,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._blocks = {block.index: block for block in blocks}
+        assert len({index.fqn for index in self._blocks}) == len(self._blocks), "a file would keep only the last block of a tensor"
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([self._item(block) for block in self._blocks.values()])

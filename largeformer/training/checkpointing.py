@@ -4,11 +4,11 @@
       weights/*.safetensors      in the model's dtype, by global name
       optimizer/*.safetensors    float32 masters and moments, by `kind.name`
       random/rank_00000.safetensors
-      state.json                 progress, optimizer steps, loss scaler, early stopping, W&B run id
+      state.json                 layout, progress, optimizer steps, loss scaler, early stopping, W&B run id
       config.yaml                the resolved recipe
 
-Tensors belong to no layout: another one reads the same files. Random states belong to a rank, and are left where the number of
-ranks differs.
+Tensors belong to no layout: another one reads the same files. Random states belong to a rank's place in its layout, and are
+left at another: tensor-parallel ranks must draw alike, data-parallel ones must not.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, config_y
         if engine.groups.rank == 0:
             record = {
                 "format": 1,
-                "ranks": engine.groups.layout.world_size,
+                "layout": asdict(engine.groups.layout),
                 "optimizer": {"kinds": kinds, "steps": engine.state.optimizer_steps},
                 "loss_scaler": engine.scaler_state(),
                 **asdict(state),
@@ -96,7 +96,7 @@ def load_training_state(checkpoint: Path, engine: Engine) -> TrainingState:
     optimizer = record["optimizer"]
     engine.state.load(optimizer["kinds"], optimizer["steps"], lambda blocks: read_blocks(checkpoint / "optimizer", blocks))
     engine.restore_scaler(record["loss_scaler"])
-    if record["ranks"] == engine.groups.layout.world_size:
+    if record["layout"] == asdict(engine.groups.layout):
         states: dict[str, torch.Tensor] = load_file(checkpoint / "random" / f"rank_{engine.groups.rank:05d}.safetensors")
         restore_rng_states(states)
     return TrainingState(Progress(**record["progress"]), record["early_stopping"], record["wandb_run_id"])

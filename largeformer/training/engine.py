@@ -24,6 +24,7 @@ from largeformer.parallel.pipeline import evaluate_loss, forward_loss, run_pipel
 from largeformer.training.gradients import clip_gradients, hook_penalties, hook_sequence_parallel, sum_tied_gradients
 from largeformer.training.optimizer import build_optimizer
 from largeformer.training.state import EngineState
+from largeformer.training.zero import partitioned_as_they_are
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -177,7 +178,7 @@ def build_engine(
     zero = deepspeed_config.get("zero_optimization", {})
     optimizer = build_optimizer(recipe.optimizer, module.parameters(), offloaded=bool(zero.get("offload_optimizer")))
     # DeepSpeed prints its memory at every stage of this, whatever the log level.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), partitioned_as_they_are():
         wrapped, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config, mpu=groups.mpu(), dist_init_required=False
         )

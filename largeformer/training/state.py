@@ -82,12 +82,13 @@ class EngineState:
         from largeformer.training.zero import set_state
 
         parameters = self._by_parameter()
+        # Reading is collective over the world, and pipeline stages hold different numbers of parameters: all take part in as many.
+        most = round(self._groups.largest(len(parameters)))
         for parameter, shards in parameters:
             values = {kind: torch.zeros(_shape(parameter), dtype=torch.float32) for kind in kinds}
             read([_block(f"{kind}.{s.key}", s, s.of(value)) for kind, value in values.items() for s in shards])
             set_state(self._wrapped, parameter, values, steps)
-        # Reading is collective over the world, and pipeline stages hold different numbers of parameters.
-        for _ in range(len(parameters), round(self._groups.largest(len(parameters)))):
+        for _ in range(most - len(parameters)):
             read([])
 
     @property

@@ -1,4 +1,5 @@
-"""Setting optimizer state inside DeepSpeed's optimizers, one parameter at a time, at whatever layout the engine has.
+"""Setting optimizer state inside DeepSpeed's optimizers, one parameter at a time, at whatever layout the engine has. And one
+mistake of its partitioning, corrected.
 
 Each stage keeps float32 masters in flat partitions and moments under those in the base optimizer, which holds none before its
 first step. The library can set them only where they exist, and under ZeRO 3 only where the parameter divides evenly.
@@ -6,12 +7,33 @@ first step. The library can set them only where they exist, and under ZeRO 3 onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+
+@contextlib.contextmanager
+def partitioned_as_they_are() -> Iterator[None]:
+    """Within, ZeRO 3 takes parameters for the dtype that they have. DeepSpeed takes them for bfloat16 wherever fp16 is not supported
+    (0.19.8, `partition_parameters.py`, `_set_dtype`: `or` binds tighter than `if`): on a CPU it would swap float32 ones to NVMe as
+    bfloat16, and round them."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Partitioning
+
+    original = Partitioning._set_dtype
+
+    def set_dtype(self: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        original(self, ds_config, dtype)
+        self.dtype = dtype or self.dtype
+
+    Partitioning._set_dtype = set_dtype
+    try:
+        yield
+    finally:
+        Partitioning._set_dtype = original
 
 
 def set_state(wrapped: Any, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
