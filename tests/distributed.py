@@ -19,6 +19,7 @@ case ends its pool, since the groups of its ranks may be in any state; the next 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -178,4 +179,5 @@ def _serve(rank: int, environ: dict[str, str], folder: str, pipe: Connection) ->
             except BaseException:
                 answer = None, traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
+            gc.collect()  # engines lie in reference cycles, and hold process groups with their threads
             pipe.send(answer)
