@@ -49,6 +49,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print recipe, rank layo
 WorldSize = Annotated[int | None, typer.Option("--world-size", min=1, metavar="N", help="Ranks that --dry-run lays out.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set aside what another recipe left in the output folder.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="RUN_OR_CKPT", help="A run, a stage or a checkpoint folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Nproc = Annotated[int | None, typer.Option("--nproc", min=1, metavar="N", help="Processes to start on this machine.")]
 
 
@@ -147,20 +148,27 @@ def parity(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> 
 
 
 @app.command()
-def bench(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> int:
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="Turns that each contestant takes.")] = 5,
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Steps of a turn.")] = 4,
+    as_json: AsJson = False,
+) -> int:
     """Tokens per second and MFU, beside a plain PyTorch loop of the same model."""
     recipe = _load(config, overrides)
     ranks = _fitting(recipe, nproc or _smallest_world(recipe))
     from largeformer.stages import bench as stage
 
-    return _exit_code(stage.run(recipe, ranks))
+    return _exit_code(stage.run(recipe, ranks, rounds=rounds, steps=steps, as_json=as_json))
 
 
 @app.command()
 def doctor(
     config: Annotated[str | None, typer.Option("--config", "-c", metavar="RECIPE", help="Check what this recipe needs.")] = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """What this machine has, and what would fail, each with its remedy."""
     if overrides and config is None:

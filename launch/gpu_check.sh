@@ -11,7 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 packages="deepspeed megatron.core wandb sentencepiece pydantic yaml typer rich numpy safetensors tensorboard pytest"
-recipe=launch/recipes/llama-1b.yaml
+# Random tokens, compiled layers, and a batch small enough for every candidate of `bench` to take its turns within minutes.
+bench=(-c launch/recipes/llama-1b.yaml "data.sources=[{path: mock}]" train.compile=true train.micro_batch_size=4 train.global_batch_size=16)
 out=${OUT:-runs/gpu_check}
 
 sees_gpu() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; }
@@ -53,11 +54,15 @@ choose_python() {
         return
     fi
     say "installing what is missing ($absent) from $LARGEFORMER_WHEELS into build/gpu"
-    "$python" -m venv --system-site-packages build/gpu || return
-    local names=${absent//megatron.core/megatron-core}
+    local names=${absent//megatron.core/megatron-core} own="$LARGEFORMER_ROOT/build/gpu/bin/python"
     names=${names//yaml/PyYAML}
-    build/gpu/bin/python -m pip install --quiet --no-index --find-links "$LARGEFORMER_WHEELS" $names || return
-    python="$LARGEFORMER_ROOT/build/gpu/bin/python"
+    # The environment needs no pip of its own, which some distributions do not ship. What $python sees must be named to it, since
+    # $python may itself be an environment, whose packages --system-site-packages would miss.
+    "$python" -m venv --clear --without-pip --system-site-packages build/gpu || return
+    "$python" -c 'import sys; print(*[path for path in sys.path if path.endswith("-packages")], sep="\n")' \
+        >"$("$own" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/inherited.pth" || return
+    "$python" -m pip --python "$own" install --quiet --no-index --find-links "$LARGEFORMER_WHEELS" $names || return
+    python=$own
 }
 
 # step NAME COMMAND...: runs it, keeps its output and says how long it took.
@@ -85,7 +90,7 @@ gpu = torch.cuda.get_device_properties(0)
 print(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB; torch {torch.__version__}, CUDA {torch.version.cuda}")
 PYTHON
 step tests "$python" -m pytest -q -m gpu tests/gpu
-step bench "$python" -m largeformer bench -c "$recipe" "$@"
+step bench "$python" -m largeformer bench "${bench[@]}" "$@"
 
 if [ -n "$failed" ]; then
     say "failed:$failed (see $out)"

@@ -52,7 +52,7 @@ class Measured:
 def run(recipe: Recipe, nproc: int = 1, *, rounds: int = 5, steps: int = 4, as_json: bool = False) -> int:
     """Measure and print: a table, or one JSON object. Starts `nproc` ranks of this machine where no launcher has."""
     if nproc > 1 and discover(os.environ).world_size == 1:
-        return _spawn(recipe, nproc, as_json)
+        return _spawn(recipe, nproc, rounds, steps, as_json)
     with enter_world(recipe) as world:
         result = report(recipe, world, measure(recipe, world, rounds, steps))
         if world.info.is_main:
@@ -161,14 +161,15 @@ class _Clock:
             torch.cuda.synchronize(self._device)
 
 
-def _spawn(recipe: Recipe, nproc: int, as_json: bool) -> int:
+def _spawn(recipe: Recipe, nproc: int, rounds: int, steps: int, as_json: bool) -> int:
     from largeformer.config.load import recipe_yaml
     from largeformer.launching.local import spawn
 
     with tempfile.TemporaryDirectory(prefix="largeformer-bench-") as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe_yaml(recipe))
-        return spawn(nproc, ["bench", "-c", str(path), "--nproc", str(nproc), *(["--json"] if as_json else [])])
+        turns = ["--rounds", str(rounds), "--steps", str(steps), *(["--json"] if as_json else [])]
+        return spawn(nproc, ["bench", "-c", str(path), "--nproc", str(nproc), *turns])
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -63,9 +63,12 @@ class Engine:
         self._penalty = penalty
         self._zero_stage = wrapped.zero_optimization_stage()
         self._pipelined = groups.layout.pipeline > 1
-        if self._pipelined:
-            wrapped.pipeline_parallelism = True
-            wrapped.enable_backward_allreduce = False
+        # One data-parallel rank has nothing to sum, and DeepSpeed would still copy all gradients into a bucket and back. Its ZeRO
+        # optimizers are asked all the same: they sort gradients into partitions by the way.
+        partitions = self._zero_stage > 1 or hasattr(wrapped.optimizer, "reduce_gradients")
+        self._reduces = partitions or groups.layout.data > 1
+        wrapped.enable_backward_allreduce = self._reduces and not self._pipelined
+        wrapped.pipeline_parallelism = self._pipelined
 
     @property
     def loss_scale(self) -> float:
@@ -73,12 +76,15 @@ class Engine:
         return float(getattr(self.wrapped.optimizer, "cur_scale", 1.0)) if self.wrapped.fp16_enabled() else 1.0
 
     def scaler_state(self) -> dict[str, float | int]:
-        """The loss scaler's numbers (fp16), for a checkpoint."""
-        scaler = getattr(self.wrapped.optimizer, "loss_scaler", None)
-        return {name: value for name in _SCALER if isinstance(value := getattr(scaler, name, None), (int, float))}
+        """The loss scaler's numbers, for a checkpoint; empty outside fp16."""
+        if not self.wrapped.fp16_enabled():
+            return {}
+        scaler = self.wrapped.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
 
     def restore_scaler(self, state: dict[str, float | int]) -> None:
-        for name, value in state.items():
+        """Nothing outside fp16: a checkpoint may go on in another precision."""
+        for name, value in state.items() if self.wrapped.fp16_enabled() else ():
             setattr(self.wrapped.optimizer.loss_scaler, name, value)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
@@ -133,7 +139,8 @@ class Engine:
         losses = run_pipeline(self.chunks, batches, self.groups, scale)
         self.wrapped.set_gradient_accumulation_boundary(True)
         sum_tied_gradients(self.chunks, self.groups)
-        self.wrapped.allreduce_gradients()
+        if self._reduces:
+            self.wrapped.allreduce_gradients()
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for loss in losses:
             total += loss
@@ -168,7 +175,7 @@ def build_engine(
 
     # On CPUs DeepSpeed would compile a shared-memory all-reduce of its own at the start. Its ranks wait by spinning, and each
     # leaves 69 MB in /dev/shm for good (0.19.8). gloo does without.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     penalty = PenaltyScale()
     hook_sequence_parallel(chunks, groups)
     hook_penalties(chunks, recipe.optimizer, penalty)

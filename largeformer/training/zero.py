@@ -65,18 +65,29 @@ def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
     """Give each master the state that a first step would have made. Does nothing the second time."""
     base = optimizer.optimizer
     made = False
-    for master in _masters(optimizer):
+    for group, master in enumerate(_masters(optimizer)):
         state = base.state[master]
-        for kind in moments:
-            if kind not in state:
-                state[kind] = torch.zeros_like(master)
-                made = True
+        if missing := [kind for kind in moments if kind not in state]:
+            with _group_in_memory(optimizer, group):
+                state.update({kind: torch.zeros_like(master) for kind in missing})
+            made = True
         if "exp_avg" in moments and int(state.get("step", -1)) != steps:
             counts_in_tensor = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
             state["step"] = torch.tensor(float(steps)) if counts_in_tensor else steps
             made = True
     if made:
         link_moments(optimizer)
+
+
+@contextlib.contextmanager
+def _group_in_memory(optimizer: Any, group: int) -> Iterator[None]:
+    """The masters and moments of ZeRO 3's group; where they stand on NVMe they are read, and written back at the end."""
+    swapped = hasattr(optimizer, "_swappable_optimizer_subgroup") and optimizer._swappable_optimizer_subgroup(group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_out(group)
 
 
 def link_moments(optimizer: Any) -> None:
@@ -98,12 +109,24 @@ def _set_partition(parameter: torch.nn.Parameter, value: torch.Tensor, kind: str
     """ZeRO 3: this rank's part of the zero-padded, flat `value`; a master is copied into the weight as well."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     group = parameter.ds_process_group  # type: ignore[attr-defined]
-    padded = F.pad(value.flatten(), (0, partition.numel() * dist.get_world_size(group) - value.numel()))
-    mine = padded.narrow(0, partition.numel() * dist.get_rank(group), partition.numel())
-    if kind is None:
-        safe_set_local_fp32_param(parameter, mine)
-        partition.data.copy_(mine)
-    else:
-        safe_set_local_optimizer_state(parameter, mine, kind)
+    with _in_memory(parameter) as partition:
+        padded = F.pad(value.flatten(), (0, partition.numel() * dist.get_world_size(group) - value.numel()))
+        mine = padded.narrow(0, partition.numel() * dist.get_rank(group), partition.numel())
+        if kind is None:
+            safe_set_local_fp32_param(parameter, mine)
+            partition.data.copy_(mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, kind)
+
+
+@contextlib.contextmanager
+def _in_memory(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """This rank's partition of a ZeRO 3 weight; where it stands on NVMe it is read, and written back at the end."""
+    partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    swapped = partition.status.name == "NOT_AVAILABLE"  # type: ignore[attr-defined]
+    if swapped:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)  # type: ignore[attr-defined]
+    yield partition
+    if swapped:
+        parameter.nvme_swapper.swap_out_and_release([parameter])  # type: ignore[attr-defined]

@@ -189,9 +189,7 @@ def test_a_checkpoint_is_complete_or_not_there(ranks: Ranks, tmp_path: Path) -> 
     assert (tmp_path / "step_00000200" / "rank1").read_text() == "200"
 
 
-@pytest.mark.parametrize(
-    ("keep", "kept"), [(1, [11]), (2, [9, 11]), (3, [8, 9, 11]), (9, [8, 9, 11])]
-)
+@pytest.mark.parametrize(("keep", "kept"), [(1, [11]), (2, [9, 11]), (3, [8, 9, 11]), (9, [8, 9, 11])])
 def test_retention_keeps_the_newest(tmp_path: Path, keep: int, kept: list[int]) -> None:
     for step in (9, 11, 8):
         save(RankContext(0, 1), tmp_path, step)

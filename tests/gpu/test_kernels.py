@@ -36,9 +36,9 @@ def test_attention_runs_in_the_flash_kernel(device: torch.device) -> None:
 
 def test_a_fused_kernel_is_what_is_chosen(device: torch.device) -> None:
     """Without a ban: PyTorch takes its flash kernel or cuDNN's, never the one that writes out the scores."""
-    with engine_on(device, recipe_of("bf16")) as bench:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            step(bench, device, seed=0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with engine_on(device, recipe_of("bf16")) as bench, torch.profiler.profile(activities=activities) as profile:
+        step(bench, device, seed=0)
     chosen = {event.key for event in profile.key_averages() if "_scaled_dot_product" in event.key}
     assert chosen, "no attention was seen"
     assert not any("math" in name for name in chosen), chosen

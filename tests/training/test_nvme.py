@@ -1,10 +1,15 @@
-"""Offload to NVMe by the shipped DeepSpeed config: the run is that of one process, and what it needs is really in the swap files."""
+"""Offload to NVMe by the shipped DeepSpeed config: the run is that of one process, and what it needs is really in the swap files.
+
+Three numbers of that config are there for this. DeepSpeed keeps `max_in_cpu` weights in memory, a billion unless told otherwise, so
+that most models would swap none. And weights that stay gathered until they are used again, or are read ahead, hold on to one of five
+buffers each: they run out where validation interrupts training.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from largeformer.checkpoint.commit import committed
 from largeformer.config.schema import Recipe
 from largeformer.planning.kernels import libaio_links
-from largeformer.training.engine import StepResult
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
 from tests.distributed import RankContext, RankPool
 from tests.recipes import tiny_recipe
 from tests.training.engines import Tensors, assert_same, bench_of, global_batch
@@ -23,9 +29,9 @@ pytestmark = pytest.mark.slow
 
 Ranks = Callable[[int], RankPool]
 BUILD_S, CASE_S = 1800.0, 600.0
-LR, STEPS = 1.0e-2, 3
-RANKS = 2
+LR, STEPS, RANKS = 1.0e-2, 4, 2
 TOLERANCE = 1e-4  # DeepSpeed's CPU Adam rounds otherwise than PyTorch's
+WHOLE = range(STEPS)
 
 # What is swapped, and its files below the run's folder.
 FILES = {
@@ -36,7 +42,17 @@ FILES = {
 }
 
 
-def recipe_of(folder: Path, config: str) -> Recipe:
+@dataclass(frozen=True)
+class Run:
+    """By step: the loss, the gradient norm, and the summed loss of an evaluation after it."""
+
+    losses: list[float]
+    norms: list[float | None]
+    evaluations: list[float]
+    weights: Tensors
+
+
+def recipe_of(folder: Path, config: str = "zero3_offload_nvme") -> Recipe:
     """Matrices of which half, a rank's part, is above the mebibyte below which DeepSpeed swaps nothing."""
     return tiny_recipe(
         run={"output_dir": str(folder)},
@@ -46,6 +62,37 @@ def recipe_of(folder: Path, config: str) -> Recipe:
         optimizer={"type": "adamw", "lr": LR, "weight_decay": 0.1, "clip_grad": 1.0, "eps": 1.0e-5},
         deepspeed=f"ds_configs/{config}.json",
     )
+
+
+def train(ranks: RankContext, recipe: Recipe, steps: Sequence[int] = WHOLE, wiped: str | None = None) -> Run:
+    """The given steps, each of its own batch: from the start, or from the checkpoint of an earlier call. Then a checkpoint. With
+    `wiped` the files of that kind are filled with zeros before the second step."""
+    folder = Path(recipe.run.output_dir) / "checkpoints"
+    found = committed(folder) if steps[0] else []
+    losses, norms, evaluations = [], [], []
+    with bench_of(ranks, recipe, weights_from=found[-1] if found else None) as bench:
+        if found:
+            load_training_state(found[-1], bench.engine)
+        for number in steps:
+            if number == 1 and wiped is not None:
+                wipe(ranks, recipe, wiped)
+            batches = bench.share(global_batch(recipe, seed=number))
+            result = bench.engine.train_step(batches, LR)
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+            evaluations.append(bench.engine.evaluate(batches)[0])
+        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=steps[-1] + 1)), "", keep_last=1)
+        return Run(losses, norms, evaluations, bench.weights())
+
+
+def wipe(ranks: RankContext, recipe: Recipe, kind: str) -> None:
+    files = [path for path in Path(recipe.run.output_dir).glob(FILES[kind]) if "gradient" not in path.name]
+    assert {path.parent.name for path in files} == {f"rank{rank}" for rank in range(ranks.world_size)}, f"no {kind} were swapped"
+    dist.barrier()
+    if ranks.rank == 0:
+        for path in files:
+            path.write_bytes(bytes(path.stat().st_size))
+    dist.barrier()
 
 
 def build_async_io(ranks: RankContext) -> None:
@@ -69,33 +116,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@dataclass(frozen=True)
-class Run:
-    results: list[StepResult]
-    weights: Tensors
-
-
-def train(ranks: RankContext, recipe: Recipe, wiped: str | None = None) -> Run:
-    """Some steps, each of its own batch. Before the second, the files of the kind `wiped` are filled with zeros."""
-    with bench_of(ranks, recipe) as bench:
-        results = []
-        for number in range(STEPS):
-            if number == 1 and wiped is not None:
-                wipe(ranks, recipe, wiped)
-            results.append(bench.engine.train_step(bench.share(global_batch(recipe, seed=number)), LR))
-        return Run(results, bench.weights())
-
-
-def wipe(ranks: RankContext, recipe: Recipe, kind: str) -> None:
-    files = [path for path in Path(recipe.run.output_dir).glob(FILES[kind]) if "gradient" not in path.name]
-    assert {path.parent.name for path in files} == {f"rank{rank}" for rank in range(ranks.world_size)}, f"no {kind} were swapped"
-    dist.barrier()
-    if ranks.rank == 0:
-        for path in files:
-            path.write_bytes(bytes(path.stat().st_size))
-    dist.barrier()
-
-
 @pytest.fixture(scope="module")
 def one_process(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same steps without ZeRO, by PyTorch's AdamW."""
@@ -104,19 +124,26 @@ def one_process(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def numbers(run: Run) -> dict[str, list[Any]]:
-    return {"loss": [result.loss for result in run.results], "norm": [result.grad_norm for result in run.results]}
+    return {"losses": run.losses, "norms": run.norms, "evaluations": run.evaluations}
 
 
 def test_equals_one_process(aio: None, ranks: Ranks, one_process: Run, folder: Path) -> None:
-    run = ranks(RANKS).run(train, recipe_of(folder, "zero3_offload_nvme"), timeout=CASE_S)[0]
+    run = ranks(RANKS).run(train, recipe_of(folder), timeout=CASE_S)[0]
     assert numbers(run) == {name: pytest.approx(values, rel=TOLERANCE) for name, values in numbers(one_process).items()}
     assert_same(run.weights, one_process.weights, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_what_is_swapped_is_read_again(aio: None, ranks: Ranks, one_process: Run, folder: Path, kind: str) -> None:
-    """Without the files' contents the same steps lead elsewhere, so that memory held no second copy."""
-    run = ranks(RANKS).run(train, recipe_of(folder, "zero3_offload_nvme"), kind, timeout=CASE_S)[0]
-    assert run.results[0].loss == pytest.approx(one_process.results[0].loss, rel=TOLERANCE), "nothing was wiped yet"
+    """Without the files' contents the same steps lead elsewhere: memory held no second copy."""
+    run = ranks(RANKS).run(train, recipe_of(folder), WHOLE, kind, timeout=CASE_S)[0]
+    assert run.losses[0] == pytest.approx(one_process.losses[0], rel=TOLERANCE), "nothing was wiped yet"
     with pytest.raises(AssertionError, match="differs by"):
         assert_same(run.weights, one_process.weights, 100 * TOLERANCE)
+
+
+def test_resumes_to_the_same_digits(aio: None, ranks: Ranks, folder: Path) -> None:
+    whole = ranks(RANKS).run(train, recipe_of(folder / "whole"), timeout=CASE_S)[0]
+    first, second = (ranks(RANKS).run(train, recipe_of(folder / "cut"), part, timeout=CASE_S)[0] for part in (WHOLE[:2], WHOLE[2:]))
+    assert {name: [*numbers(first)[name], *numbers(second)[name]] for name in numbers(whole)} == numbers(whole)
+    assert_same(second.weights, whole.weights, 0)

@@ -170,7 +170,13 @@ def test_rows_are_what_the_engine_did(ranks: Ranks, tmp_path: Path) -> None:
     expected = ranks(1).run(plain_steps, recipe, rates)[0]
     ranks(1).run(run_fit, recipe, tmp_path, None, (2.5, 2.25))
     rows = rows_in(tmp_path)
-    assert [list(row) for row in rows] == [COLUMNS, COLUMNS, ["step", "val_loss", "val_bits_per_byte"], COLUMNS, ["step", "val_loss", "val_bits_per_byte"]]
+    assert [list(row) for row in rows] == [
+        COLUMNS,
+        COLUMNS,
+        ["step", "val_loss", "val_bits_per_byte"],
+        COLUMNS,
+        ["step", "val_loss", "val_bits_per_byte"],
+    ]
     trained = [row for row in rows if "loss" in row]
     for row in trained:
         loss, norm, _ = expected[row["step"] - 1]

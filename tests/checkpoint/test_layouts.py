@@ -1,0 +1,112 @@
+"""A checkpoint of any layout is read at any other: masters and moments to the last digit, and training goes on alike.
+
+The vocabulary is padded differently at one process and at TP2, and the embedding is tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from largeformer.config.schema import Recipe
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
+from tests.distributed import RankContext, RankPool
+from tests.recipes import GPT2
+from tests.training.engines import PP2, TP2_SP, Bench, Tensors, assert_same, bench_of, global_batch, sgd_recipe
+
+Ranks = Callable[[int], RankPool]
+
+# world size, parallel section, DeepSpeed config
+LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "one process": (1, {}, "zero1"),
+    "TP2 SP, ZeRO 0": (2, TP2_SP, "zero0"),
+    "PP2": (2, PP2, "zero1"),
+    "DP2, ZeRO 3": (2, {}, "zero3"),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Gathered on rank 0, but for the random state, which is this rank's."""
+
+    masters: Tensors
+    moments: dict[str, Tensors]
+    random: torch.Tensor
+
+
+def recipe_at(layout: str, precision: str) -> tuple[int, Recipe]:
+    world_size, parallel, zero = LAYOUTS[layout]
+    recipe = sgd_recipe(
+        model={**GPT2, "num_layers": 2, "init_method_std": 0.1, "make_vocab_size_divisible_by": 20},
+        parallel=parallel,
+        train={"precision": precision, "micro_batch_size": 2},
+        optimizer={"type": "adamw", "lr": 1e-2, "weight_decay": 0.1, "clip_grad": 1.0},
+        deepspeed=f"ds_configs/{'zero1' if precision == 'bf16' and zero == 'zero0' else zero}.json",
+    )
+    return world_size, recipe
+
+
+def state_of(bench: Bench) -> State:
+    moments = {kind: bench.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
+    return State(bench.weights(), moments, torch.get_rng_state())
+
+
+def train_and_save(ranks: RankContext, recipe: Recipe, folder: Path) -> tuple[State, float]:
+    """The state after two steps, which is saved, and the loss of a third."""
+    with bench_of(ranks, recipe) as bench:
+        for seed in (1, 2):
+            bench.engine.train_step(bench.share(global_batch(recipe, seed)), 1e-2)
+        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=2, samples=16)), "", keep_last=1)
+        state = state_of(bench)
+        return state, bench.engine.train_step(bench.share(global_batch(recipe, seed=3)), 1e-2).loss
+
+
+def load_and_train(ranks: RankContext, recipe: Recipe, checkpoint: Path) -> tuple[State, float]:
+    with bench_of(ranks, recipe, weights_from=checkpoint) as bench:
+        assert load_training_state(checkpoint, bench.engine).progress == Progress(step=2, samples=16)
+        state = state_of(bench)
+        return state, bench.engine.train_step(bench.share(global_batch(recipe, seed=3)), 1e-2).loss
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, State, float]]:
+    """`saved(layout, precision)`: its checkpoint, made at the first request, with what rank 0 had and the next loss."""
+    made: dict[tuple[str, str], tuple[Path, State, float]] = {}
+
+    def checkpoint(layout: str, precision: str) -> tuple[Path, State, float]:
+        if (layout, precision) not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            world_size, recipe = recipe_at(layout, precision)
+            state, loss = ranks(world_size).run(train_and_save, recipe, folder)[0]
+            made[layout, precision] = folder / "step_00000002", state, loss
+        return made[layout, precision]
+
+    return checkpoint
+
+
+PAIRS = [(*pair, "fp32") for pair in permutations(LAYOUTS, 2)] + [("PP2", "DP2, ZeRO 3", "bf16"), ("DP2, ZeRO 3", "TP2 SP, ZeRO 0", "bf16")]
+
+
+@pytest.mark.parametrize(("source", "target", "precision"), PAIRS)
+def test_loads_at_another_layout(
+    ranks: Ranks, saved: Callable[[str, str], tuple[Path, State, float]], source: str, target: str, precision: str
+) -> None:
+    checkpoint, before, next_loss = saved(source, precision)
+    world_size, recipe = recipe_at(target, precision)
+    loaded = ranks(world_size).run(load_and_train, recipe, checkpoint)
+    after, loss = loaded[0]
+    assert_same(after.masters, before.masters, 0)
+    for kind, moments in before.moments.items():
+        assert_same(after.moments[kind], moments, 0)
+    assert loss == pytest.approx(next_loss, rel=1e-6 if precision == "fp32" else 1e-2)
+    assert {tuple(tensor.shape) for tensor in before.masters.values()} >= {(250, 64), (32, 64)}, "without the padding"
+    if target.startswith("TP2"):
+        assert torch.equal(loaded[0][0].random, loaded[1][0].random), "tensor-parallel ranks must drop the same"
+    if target.startswith("DP2"):
+        assert not torch.equal(loaded[0][0].random, loaded[1][0].random), "data-parallel ranks must not"
