@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,8 @@ def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
     if info.master_port == 0:
         info = replace(info, master_port=free_port())
     os.environ.update(to_environ(info))
+    # DeepSpeed's kernel builds look for ninja on PATH; it lies beside this Python, whether or not the environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     from largeformer.parallel.device import machine_problems, prepare_device, seed_ranks
     from largeformer.parallel.groups import create_groups, destroy_groups, join_world
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,7 @@ def build_engine(
     """Wrap this rank's chunks, described by `shards`. `deepspeed_config` is resolved: it holds no "auto"."""
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings repeat what the recipe says, once a rank
     # On CPUs DeepSpeed would compile a shared-memory all-reduce of its own at the start. Its ranks wait by spinning, and each
     # leaves 69 MB in /dev/shm for good (0.19.8). gloo does without.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
