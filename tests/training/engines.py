@@ -87,6 +87,8 @@ class Bench:
 def bench_of(ranks: RankContext, recipe: Recipe, weights_from: Path | None = None) -> Iterator[Bench]:
     """The engine of `recipe` on all ranks, once in a case; its weights are initial, or those of a checkpoint."""
     # Garbage is collected at the end of every layout. What is alive before a case are libraries: to look through them costs 0.3 s.
+    # An engine that has just been let go must go first: what is frozen is never collected.
+    gc.collect()
     gc.freeze()
     device = prepare_device(0)
     groups = create_groups(recipe.layout(ranks.world_size))
