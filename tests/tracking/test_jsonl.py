@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -113,20 +114,23 @@ def test_a_tracker_goes_on_behind_the_cut(resume_step: int, kept: list[int], tmp
     assert [row["step"] for row in read(tmp_path / "events.jsonl")] == [*kept, resume_step]
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """No file of this process may grow beyond so many bytes, as on a full disk (EFBIG in place of ENOSPC)."""
-    limit, before, handler = 1000, resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Within, no file of this process may grow beyond `limit` bytes, as on a full disk (EFBIG in place of ENOSPC). Not a fixture:
+    pytest itself writes to a file before it tears one down."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_whole_lines_and_lets_later_ones_through(tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_leaves_whole_lines_and_lets_later_ones_through(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.write({"step": 1})
-    with pytest.raises(OSError):
-        lines.write({"step": 2, "text": "x" * small_files})
+    with small_files(1000), pytest.raises(OSError):
+        lines.write({"step": 2, "text": "x" * 1000})
     lines.write({"step": 3})
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 3]

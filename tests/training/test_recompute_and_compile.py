@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from largeformer.config.schema import Recipe
 from tests.distributed import RankContext, RankPool
