@@ -22,13 +22,16 @@ STAGE = "evaluate"
 SPLIT: Final = "test"
 
 
-def run(recipe: Recipe, source: Path | None = None) -> Artifact:
+def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Artifact:
     """Evaluate the checkpoint at `source` (default: the recipe's own run) on the test split of its run's data.
 
-    The result is kept as an artifact in the recipe's run folder.
+    The result is kept as an artifact in the recipe's run folder; without `again`, one that is there for this checkpoint is returned.
     """
     recipe = on_this_world(recipe, discover(os.environ).world_size)
     found = find_source(recipe, source)
+    there = Artifact.read(Path(recipe.run.output_dir) / STAGE)
+    if not again and there is not None and there.identity == _identity(recipe, found, _parents(found)):
+        return there
     with reporting(recipe, STAGE), enter_world(recipe, training=False) as world:
         total = _loss(recipe, world, found)
         sampling = inference_layout(recipe, world.info.world_size)
@@ -71,8 +74,7 @@ def _prompt(recipe: Recipe, source: Source) -> str:
 
 
 def _artifact(recipe: Recipe, source: Source, total: LossTotal, sample: str) -> Artifact:
-    trained = Artifact.read(source.checkpoint.parent.parent)
-    parents = {parent.kind: parent.identity for parent in (source.prepared, trained) if parent is not None}
+    parents = _parents(source)
     metrics = {
         "split": SPLIT,
         "checkpoint": source.checkpoint.name,
@@ -82,9 +84,18 @@ def _artifact(recipe: Recipe, source: Source, total: LossTotal, sample: str) -> 
         **asdict(total),
         "sample": sample,
     }
-    identity = identity_hash({**recipe.identity(STAGE), "checkpoint": source.checkpoint.name, "parents": parents})
     folder = Path(recipe.run.output_dir) / STAGE
+    identity = _identity(recipe, source, parents)
     return Artifact(STAGE, folder, identity, parents, metrics, library_versions(("largeformer", "torch", "megatron-core")))
+
+
+def _parents(source: Source) -> dict[str, str]:
+    trained = Artifact.read(source.checkpoint.parent.parent)
+    return {parent.kind: parent.identity for parent in (source.prepared, trained) if parent is not None}
+
+
+def _identity(recipe: Recipe, source: Source, parents: dict[str, str]) -> str:
+    return identity_hash({**recipe.identity(STAGE), "checkpoint": source.checkpoint.name, "parents": parents})
 
 
 def _print(source: Source, total: LossTotal, prompt: str, text: str) -> None:

@@ -14,7 +14,7 @@ from largeformer.stages import evaluate, prepare, pretrain
 STAGES: dict[str, Callable[[Recipe, bool], Artifact | None]] = {
     "prepare": lambda recipe, fresh: prepare.run_or_wait(recipe, fresh=fresh),
     "pretrain": lambda recipe, fresh: pretrain.run(recipe, fresh=fresh),
-    "evaluate": lambda recipe, fresh: evaluate.run(recipe),
+    "evaluate": lambda recipe, fresh: evaluate.run(recipe, again=fresh),
 }
 
 

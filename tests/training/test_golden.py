@@ -1,26 +1,31 @@
-"""The losses of a small run are those that they were: nothing between the text and the optimizer has moved unnoticed."""
+"""The curve of a small model over a small committed text, from text to tokenizer, samples, engine and metrics; see tests/golden/make.py."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.golden.make import LOSSES, STEPS
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = "import json, sys; from tests.golden.make import train; json.dump(train(sys.argv[1]), open(sys.argv[2], 'w'))"
+from tests.distributed import RankPool
+from tests.golden.make import LOSSES, RECIPE, TEXT, compose, curve
 
 
-def test_the_golden_curve(tmp_path: Path) -> None:
-    """In a process of its own, as a user's run is: one thread, and no world left behind by another test."""
-    output = tmp_path / "losses.json"
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(output)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
-    assert result.returncode == 0, result.stderr
-    golden, found = json.loads(LOSSES.read_text()), json.loads(output.read_text())
-    assert len(golden) == STEPS + 1 and golden[-1] < golden[0] - 0.5, "the curve is worth keeping: it learns"
-    assert found == pytest.approx(golden, abs=1e-4)
+def test_the_text_is_what_its_grammar_makes() -> None:
+    assert TEXT.read_text() == compose()
+
+
+def test_the_curve_is_the_golden_one(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    golden = json.loads(LOSSES.read_text())
+    found = ranks(1).run(curve, tmp_path)[0]
+    assert len(golden["loss"]) == RECIPE["train"]["train_iters"]
+    assert found["loss"] == pytest.approx(golden["loss"], abs=1e-4)
+    assert found["val_loss"] == pytest.approx(golden["val_loss"], abs=1e-4)
+
+
+def test_the_golden_curve_learns() -> None:
+    golden = json.loads(LOSSES.read_text())
+    assert golden["loss"][0] == pytest.approx(6.2146, abs=0.05)  # ln 500: it starts from chance
+    assert golden["loss"][-1] < golden["loss"][0] - 2
+    assert golden["val_loss"]["20"] < golden["val_loss"]["10"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.training.engines import PP2, TP2, TP2_SP, Bench, Tensors, assert_same
 
 Ranks = Callable[[int], RankPool]
 LR = 0.1
-MICRO_BATCHES, LAYERS = 2, 2
+MICRO_BATCHES, LAYERS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,25 @@ def recipe_with(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -
     )
 
 
+FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective"}
 # Keys of `train`; then how often a layer's attention and feed-forward part run in each micro batch.
 RECOMPUTATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "full, each layer": ({"recompute_granularity": "full"}, 2, 2),
-    "full, uniform in twos": ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}, 2, 2),
-    "full, both layers as blocks": ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}, 2, 2),
-    "attention": ({"recompute_granularity": "selective"}, 2, 1),
-    "attention and feed-forward": ({"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}, 2, 2),
-    "feed-forward": ({"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, 1, 2),
+    "full, each layer": ({**FULL, "recompute_method": "uniform", "recompute_num_layers": 1}, 2, 2),
+    "full, two layers at once": ({**FULL, "recompute_method": "uniform", "recompute_num_layers": 2}, 2, 2),
+    "full, all layers as blocks": ({**FULL, "recompute_method": "block", "recompute_num_layers": LAYERS}, 2, 2),
+    "attention": ({**SELECTIVE, "recompute_modules": ("core_attn",)}, 2, 1),
+    "attention and feed-forward": ({**SELECTIVE, "recompute_modules": ("core_attn", "mlp")}, 2, 2),
 }
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process": (1, {}, LLAMA),
-    "TP2 SP": (2, TP2_SP, GPT2),
+    "TP2 SP": (2, TP2_SP, LLAMA),
+    "TP2 SP, with biases": (2, TP2_SP, GPT2),
     "PP2": (2, PP2, LLAMA),
 }
+# Megatron-core 0.16 cannot recompute a feed-forward part that has biases: its backward calls itself without end.
+CASES = [case for case in product(RECOMPUTATIONS, LAYOUTS) if case != ("attention and feed-forward", "TP2 SP, with biases")]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +95,7 @@ def stored(ranks: Ranks) -> Callable[[str], list[Run]]:
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RECOMPUTATIONS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_recomputing_gives_the_same_digits(ranks: Ranks, stored: Callable[[str], list[Run]], name: str, layout: str) -> None:
     """With dropout, whose masks must come again; and it does recompute."""
     world_size, parallel, model = LAYOUTS[layout]
@@ -105,9 +109,9 @@ def test_recomputing_gives_the_same_digits(ranks: Ranks, stored: Callable[[str],
 
 
 def test_only_some_layers_as_blocks(ranks: Ranks) -> None:
-    recipe = recipe_with(LLAMA, {}, recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
+    recipe = recipe_with(LLAMA, {}, **FULL, recompute_method="block", recompute_num_layers=1)
     run: Run = ranks(1).run(two_steps, recipe)[0]
-    assert run.calls["core_attn"] == MICRO_BATCHES * (2 + 1)
+    assert run.calls["core_attn"] == MICRO_BATCHES * (LAYERS + 1)
 
 
 @pytest.mark.parametrize(("world_size", "parallel", "model"), [(1, {}, LLAMA), (1, {}, GPT2), (2, TP2, LLAMA), (2, TP2_SP, GPT2)])
