@@ -129,7 +129,7 @@ def _data(
 
 
 def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, checkpoint: Path | None) -> FanOut:
-    from largeformer.tracking.tracker import build_trackers
+    from largeformer.tracking.build import build_trackers
 
     tracker = build_trackers(
         recipe.tracking,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from largeformer.config.schema import TrackingConfig
+from largeformer.tracking.build import build_trackers
 from largeformer.tracking.jsonl import JsonlTracker
-from largeformer.tracking.tracker import FanOut, build_trackers, chart_values
+from largeformer.tracking.tracker import FanOut, chart_values
 
 
 class Heard:

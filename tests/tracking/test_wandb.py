@@ -15,7 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from largeformer.config.schema import TrackingConfig, WandbConfig
 from largeformer.tracking import wandb as adapter
-from largeformer.tracking.tracker import build_trackers
+from largeformer.tracking.build import build_trackers
 from largeformer.tracking.wandb import WandbTracker, has_key
 
 
