@@ -96,7 +96,8 @@ def test_another_recipes_folder_is_refused_or_set_aside(tmp_path: Path, text: st
     first = prepare.run(recipe(tmp_path, text))
     other = recipe(tmp_path, text, tokenizer={"vocab_size": 350})
     wanted = identity_hash(other.identity("prepare"))
-    with pytest.raises(BadInputError, match=f"identity {first.identity}, this one is {wanted}: tokenizer.vocab_size was 360, is 350.*--fresh"):
+    said = f"identity {first.identity}, this one is {wanted}: tokenizer.vocab_size was 360, is 350.*--fresh"
+    with pytest.raises(BadInputError, match=said):
         prepare.run(other)
     assert Artifact.read(first.path) == first
     assert prepare.run(other, fresh=True).identity == wanted
