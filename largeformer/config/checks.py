@@ -18,7 +18,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     return [
         *_attention_problems(recipe.model),
         *_layout_problems(recipe),
-        *_recompute_problems(recipe.train),
+        *_recompute_problems(recipe.train, recipe.model.add_bias_linear),
         *_rampup_problems(recipe.train),
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
@@ -70,7 +70,7 @@ def _layout_problems(recipe: Recipe) -> list[str]:
     )
 
 
-def _recompute_problems(train: TrainConfig) -> Iterator[str]:
+def _recompute_problems(train: TrainConfig, biases: bool) -> Iterator[str]:
     method, layers = train.recompute_method, train.recompute_num_layers
     if train.recompute_granularity == "full":
         if method is None:
@@ -84,6 +84,11 @@ def _recompute_problems(train: TrainConfig) -> Iterator[str]:
             yield f"train.{name} is {value}, but train.recompute_granularity is {given}: set that to full, or train.{name} to null"
     if train.recompute_granularity == "selective" and not train.recompute_modules:
         yield "train.recompute_granularity selective needs train.recompute_modules, which is empty: name core_attn, mlp or both"
+    if train.recompute_granularity == "selective" and "mlp" in train.recompute_modules and biases:
+        yield (
+            "train.recompute_modules mlp does not go with model.add_bias_linear true: the backward of Megatron-core 0.16 would call itself "
+            "without end. Name core_attn alone, or use train.recompute_granularity full"
+        )
 
 
 def _rampup_problems(train: TrainConfig) -> Iterator[str]:

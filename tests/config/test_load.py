@@ -52,6 +52,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["train.recompute_granularity=selective", "train.recompute_modules=[core_attn, layernorm]"],
         ["train.recompute_modules is ['core_attn', 'layernorm']; layernorm is refused: Megatron-core recomputes norms"],
     ),
+    "feed-forward recomputation with biases": (
+        ["model.add_bias_linear=true", "train.recompute_granularity=selective", "train.recompute_modules=[mlp]"],
+        ["train.recompute_modules mlp does not go with model.add_bias_linear true: the backward of Megatron-core 0.16 would call"],
+    ),
     "heads by groups": (
         ["model.num_query_groups=3"],
         ["model.num_attention_heads 4 is not divisible by model.num_query_groups 3; the nearest number of groups that divides it is 2"],
