@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from largeformer.errors import BadInputError
 
 logger = logging.getLogger(__name__)
 _MOCK_HELD_OUT_TOKENS = 8192
+_POLL_S = 0.2
 
 
 class Samples(Protocol):
@@ -162,6 +164,8 @@ def _build_once(build: Callable[[Path], Splits], folder: Path) -> Splits:
         except OSError:
             assert folder.is_dir()  # Another run was faster: the same files.
             shutil.rmtree(temporary)
+    while not folder.is_dir():  # not by a collective, which would time out over a long build
+        time.sleep(_POLL_S)
     if dist.is_initialized():
         dist.barrier()
     return build(folder)

@@ -6,7 +6,7 @@ as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and Megatron-LM
 appendix), so that an MFU compares with published ones. For multi-head attention, an MLP of 4h and `N` matrix parameters this
 is PaLM's `6N + 12 l h s` a token; here grouped queries and gated MLPs are exact too.
 
-h hidden size, s sequence, v vocabulary (rows of the output layer, padding included, since they are multiplied), f width of the
+h hidden size, s sequence, v vocabulary (padding is no work of the model's, and not counted), f width of the
 MLP, l layers, q = heads x head size, k = query groups x head size
 """
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.contenders import BARE, ENGINE, PLAIN, Candidate, Step, candidates
 from largeformer.stages.world import World, enter_world
@@ -68,6 +69,8 @@ def measure(recipe: Recipe, world: World, rounds: int, steps: int, compiled: boo
     for candidate in candidates(recipe, world, compiled):
         if (made := clock.warmed_up(candidate)) is not None:
             ready.append((Measured(candidate.name, candidate.tokens), *made))
+    if not ready:
+        raise BadInputError("no candidate fits into this device's memory: lower train.micro_batch_size")
     for turn in range(rounds):
         first = turn % len(ready)
         for measured, step, resident in ready[first:] + ready[:first]:
@@ -123,6 +126,8 @@ class _Clock:
             for _ in range(WARMUP_STEPS):
                 step()
         except torch.OutOfMemoryError:
+            if dist.get_world_size() > 1:
+                raise  # the other ranks wait inside this candidate's step
             step = None
         gc.collect()
         if self._on_gpu:

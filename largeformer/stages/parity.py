@@ -50,7 +50,8 @@ def comparable(recipe: Recipe, precision: str) -> Recipe:
     """The recipe as parity runs it: without dropout, at `precision`, and with plain SGD: Adam's first step is the gradient's sign,
     which rounding decides wherever a gradient is nearly nothing."""
     model = recipe.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
-    train = recipe.train.model_copy(update={"precision": precision})
+    # A static loss scale: a dynamic one begins so high that its first step overflows.
+    train = recipe.train.model_copy(update={"precision": precision, "loss_scale": 128.0})
     optimizer = recipe.optimizer.model_copy(update={"type": "sgd", "momentum": 0.0, "backend": "auto"})
     return recipe.model_copy(update={"model": model, "train": train, "optimizer": optimizer})
 

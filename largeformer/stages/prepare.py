@@ -34,6 +34,7 @@ _TOKENIZER = "tokenizer.model"
 _QUARANTINE = "quarantine.jsonl"
 _LIBRARIES = ("sentencepiece", "megatron-core", "numpy")
 _ENCODE_BYTES = 4 * 2**20
+_CLOCK_SLACK_S = 2.0  # what the clocks of two machines may differ
 
 
 def stage_folder(recipe: Recipe) -> Path:
@@ -81,7 +82,7 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
     started = time.monotonic()
-    since = since if since is not None else time.time() - time.process_time()
+    since = since if since is not None else _process_start() - _CLOCK_SLACK_S
     while True:
         there = Artifact.read(folder)
         if there is not None and there.identity == identity:
@@ -94,6 +95,12 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
                 f"no {folder / 'manifest.json'} after {timeout:g} s: is the rank that runs prepare alive, and the folder shared?"
             )
         time.sleep(poll_seconds)
+
+
+def _process_start() -> float:
+    """When this process began, in seconds since the epoch."""
+    after_boot = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + after_boot
 
 
 def _prepare(recipe: Recipe, folder: Path, identity: str) -> Artifact:

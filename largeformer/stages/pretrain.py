@@ -34,7 +34,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
-        artifact = Artifact.read(folder) or _train(recipe, world, prepared, folder)
+        artifact = world.from_main(lambda: Artifact.read(folder)) or _train(recipe, world, prepared, folder)
         if artifact is None:
             report("requeue")
     return artifact
@@ -63,7 +63,9 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
     from largeformer.training.trainer import Training
 
     checkpoints = folder / "checkpoints"
-    checkpoint = newest(checkpoints) or (locate(Path(recipe.checkpoint.load)) if recipe.checkpoint.load else None)
+    # Rank 0 looks, for all: another rank's view of a shared file system may be older.
+    given = recipe.checkpoint.load
+    checkpoint = world.from_main(lambda: newest(checkpoints) or (locate(Path(given)) if given else None))
     chunks, shards = build_gpt(recipe, world.groups, world.device)
     if checkpoint is not None:
         load_weights(checkpoint, shards)
@@ -172,4 +174,5 @@ def _finish(recipe: Recipe, world: World, prepared: Artifact, folder: Path, trai
         },
         versions=library_versions(LIBRARIES),
     )
-    return artifact.write() if world.info.is_main else artifact
+    world.from_main(artifact.write)  # and the others wait: the next stage reads it
+    return artifact

@@ -43,6 +43,12 @@ def on_this_world(recipe: Recipe, world_size: int) -> Recipe:
     return recipe if world_size > 1 else recipe.model_copy(update={"parallel": type(recipe.parallel)()})
 
 
+def without_virtual_stages(recipe: Recipe) -> Recipe:
+    """The recipe with whole pipeline stages: evaluation passes one micro batch at a time, which the interleaved schedule refuses."""
+    parallel = recipe.parallel.model_copy(update={"virtual_pipeline_model_parallel_size": None})
+    return recipe.model_copy(update={"parallel": parallel})
+
+
 def load_model(recipe: Recipe, world: World, checkpoint: Path) -> list[GPT]:
     """This rank's chunks in eval mode, with the checkpoint's weights."""
     from largeformer.models.gpt import build_gpt

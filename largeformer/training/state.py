@@ -65,7 +65,7 @@ class EngineState:
         return tuple(kind for kind in MOMENTS if any(state.get(kind) is not None for state in self._base.state.values()))
 
     def blocks(self, kinds: Sequence[str]) -> Iterator[Block]:
-        """Copies of this rank's part of `kinds` ("master" or moments), named `kind.key`, each counted by one rank of the world.
+        """Copies on the CPU of this rank's part of `kinds` ("master" or moments), named `kind.key`, each counted by one rank of the world.
         Collective."""
         from largeformer.training.zero import link_moments
 
@@ -105,7 +105,7 @@ class EngineState:
             if counts_here(parameter, self._groups) and number % data == self._groups.coordinates.data:
                 for shard in shards:
                     name = f"{kind}.{shard.key}" if kind else shard.key
-                    yield _block(name, shard, shard.of(whole).detach().clone())
+                    yield _block(name, shard, shard.of(whole).detach().to("cpu", copy=True))
 
     def _by_parameter(self) -> list[tuple[torch.nn.Parameter, list[Shard]]]:
         found: dict[str, tuple[torch.nn.Parameter, list[Shard]]] = {}

@@ -69,7 +69,7 @@ def fit(run: Training) -> Outcome:
             watch.report()
         if _due(run, run.train.eval_interval) and _validate(run, watch):
             outcome = "stopped early"
-        elif _out_of_time(run, watch.minutes):
+        elif run.progress.step < last and _out_of_time(run, watch.minutes):
             outcome = "exit requested"
         if outcome != "finished":
             break

@@ -54,9 +54,9 @@ def set_state(wrapped: Any, parameter: torch.nn.Parameter, values: Mapping[str, 
 
 def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
     parameter.data.copy_(values["master"])
-    state = {kind: value.to(parameter.device) for kind, value in values.items() if kind != "master"}
+    state: dict[str, Any] = {kind: value.to(parameter.device) for kind, value in values.items() if kind != "master"}
     if "exp_avg" in state:
-        state["step"] = torch.tensor(float(steps))
+        state["step"] = _step_count(optimizer, steps, parameter)
     if state:
         optimizer.state[parameter] = state
 
@@ -72,11 +72,17 @@ def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
                 state.update({kind: torch.zeros_like(master) for kind in missing})
             made = True
         if "exp_avg" in moments and int(state.get("step", -1)) != steps:
-            counts_in_tensor = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
-            state["step"] = torch.tensor(float(steps)) if counts_in_tensor else steps
+            state["step"] = _step_count(base, steps, master)
             made = True
     if made:
         link_moments(optimizer)
+
+
+def _step_count(optimizer: torch.optim.Optimizer, steps: int, stepped: torch.Tensor) -> torch.Tensor | int:
+    """As `optimizer` keeps it: DeepSpeed's in a number, PyTorch's in a tensor, whose fused kernels want it on their device."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return steps
+    return torch.tensor(float(steps), device=stepped.device if optimizer.defaults.get("fused") else "cpu")
 
 
 @contextlib.contextmanager
