@@ -27,12 +27,13 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"checkpoint", "evaluation", "compression"}),
     frozenset({"training", "export", "planning", "launching"}),
     frozenset({"stages"}),
+    frozenset({"commands"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 DOORS = {"parallel_state": "parallel/groups.py", "deepspeed.initialize": "training/engine.py"}
 HEAVY = {"torch", "deepspeed", "megatron", "wandb", "transformers", "numpy", "tensorboard"}
-LIGHT_ROOMS = {"errors", "artifact", "layout", "config", "cli", "__main__"}
+LIGHT_ROOMS = {"errors", "artifact", "layout", "config", "commands", "cli", "__main__"}
 LONGEST_FILE, LONGEST_FUNCTION = 320, 66  # lines: "about 300" and "about 60", with a tenth to spare
 
 

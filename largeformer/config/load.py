@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 from largeformer.config.checks import recipe_problems
 from largeformer.config.deepspeed import check_world, deepspeed_problems, load_deepspeed
 from largeformer.config.resources import find_deepspeed, find_recipe
-from largeformer.config.schema import Recipe, Section
+from largeformer.config.schema import Recipe
+from largeformer.config.section import Section
 from largeformer.config.sentences import sentences, shown
 from largeformer.config.source import apply_overrides, read_yaml, to_yaml
 from largeformer.errors import BadInputError

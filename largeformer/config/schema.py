@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 StageName = Literal["prepare", "pretrain", "evaluate"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class RunConfig(Section):
@@ -73,36 +65,6 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-
-class TokenizerConfig(Section):
-    """A SentencePiece model: trained by `prepare`, or read from `model`. `vocab_size` is stated either way, so that
-    `plan` and `--dry-run` need no tokenizer; a tokenizer of another size is refused when it is opened."""
-
-    type: Literal["sentencepiece"] = "sentencepiece"
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: PositiveInt
-    model: str | None = None
-    character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
-    byte_fallback: bool = True
-
-
-class SourceConfig(Section):
-    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens."""
-
-    path: str
-    weight: Positive = 1.0
-
-
-class DataConfig(Section):
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(path="python-docs"),)
-    split: str = "96,2,2"
-    quarantine_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    num_workers: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def is_mock(self) -> bool:
-        return any(source.path == "mock" for source in self.sources)
 
 
 class ParallelConfig(Section):

@@ -31,7 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
 from largeformer.artifact import identity_hash
-from largeformer.config.schema import DataConfig
+from largeformer.config.data import DataConfig
 from largeformer.data.indexed import SPLITS, SplitName, bin_path, open_indexed, parse_split, split_documents, split_tokens
 from largeformer.data.tokenizer import MockTokenizer, Tokenizer
 from largeformer.errors import BadInputError

@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 
 from largeformer.artifact import write_atomically
-from largeformer.config.schema import TokenizerConfig
+from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
 
 SPACE = "\u2581"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from largeformer.config.schema import DataConfig
+from largeformer.config.data import DataConfig
 from largeformer.data.loader import Batches, evaluation_windows, fixed_batches
 from largeformer.data.splits import MockSamples, build_splits
 from largeformer.data.tokenizer import MockTokenizer

@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from largeformer.config.schema import DataConfig
+from largeformer.config.data import DataConfig
 from largeformer.data.indexed import IndexedWriter
 from largeformer.data.splits import Samples, build_splits, held_out_streams
 from largeformer.data.tokenizer import MockTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from largeformer.config.schema import TokenizerConfig
+from largeformer.config.data import TokenizerConfig
 from largeformer.data.tokenizer import SPECIAL_TOKENS, MockTokenizer, Tokenizer, _sample, load_tokenizer, train_tokenizer
 from largeformer.errors import BadInputError
 

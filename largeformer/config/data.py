@@ -1,0 +1,39 @@
+"""The recipe's sections `tokenizer` and `data`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from largeformer.config.section import Positive, PositiveInt, Section
+
+
+class TokenizerConfig(Section):
+    """A SentencePiece model: trained by `prepare`, or read from `model`. `vocab_size` is stated either way, so that
+    `plan` and `--dry-run` need no tokenizer; a tokenizer of another size is refused when it is opened."""
+
+    type: Literal["sentencepiece"] = "sentencepiece"
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: PositiveInt
+    model: str | None = None
+    character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
+    byte_fallback: bool = True
+
+
+class SourceConfig(Section):
+    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens."""
+
+    path: str
+    weight: Positive = 1.0
+
+
+class DataConfig(Section):
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(path="python-docs"),)
+    split: str = "96,2,2"
+    quarantine_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def is_mock(self) -> bool:
+        return any(source.path == "mock" for source in self.sources)
