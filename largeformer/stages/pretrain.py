@@ -56,9 +56,10 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
     """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint."""
     from largeformer.checkpoint.commit import locate, newest
     from largeformer.models.gpt import build_gpt
-    from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights, save_checkpoint
+    from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights
     from largeformer.training.early_stopping import EarlyStopping
     from largeformer.training.engine import build_engine
+    from largeformer.training.saving import Checkpoints
     from largeformer.training.schedule import LearningRateSchedule
     from largeformer.training.trainer import Training
 
@@ -83,11 +84,13 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         machine=_machine(recipe, world),
         device=world.device,
         validate=validate,
-        save=lambda state: save_checkpoint(checkpoints, engine, state, recipe_yaml(recipe), recipe.checkpoint.keep_last),
+        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint),
         save_interval=recipe.checkpoint.save_interval,
         wandb_run_id=tracker.wandb_run_id,
         progress=state.progress,
+        validation=state.validation,
     )
+    state.restore(training.parts)
     return training, tracker
 
 

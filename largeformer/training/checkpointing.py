@@ -14,10 +14,10 @@ left at another: tensor-parallel ranks must draw alike, data-parallel ones must 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,13 +52,31 @@ class Progress:
         return replace(self, step=self.step + 1, skipped=self.skipped + result.skipped, samples=samples, tokens=self.tokens + result.tokens)
 
 
+class Stateful(Protocol):
+    """A part of the run that a checkpoint keeps, under a name of its own in `TrainingState.extra`. The state is JSON, alike on every
+    rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainingState:
-    """What `state.json` holds beside the tensors."""
+    """What `state.json` holds beside the tensors. `validation`: the latest row, with its step; empty before the first. `extra`: the states
+    of `Stateful` parts, by name."""
 
     progress: Progress
     early_stopping: dict[str, Any] = field(default_factory=dict)
     wandb_run_id: str | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Hand each part what it left; one that the checkpoint does not know stays as it is."""
+        for name, part in parts.items():
+            if name in self.extra:
+                part.load_state_dict(self.extra[name])
 
 
 def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, config_yaml: str, keep_last: int) -> Path:
@@ -99,7 +117,9 @@ def load_training_state(checkpoint: Path, engine: Engine) -> TrainingState:
     if record["layout"] == asdict(engine.groups.layout):
         states: dict[str, torch.Tensor] = load_file(checkpoint / "random" / f"rank_{engine.groups.rank:05d}.safetensors")
         restore_rng_states(states)
-    return TrainingState(Progress(**record["progress"]), record["early_stopping"], record["wandb_run_id"])
+    return TrainingState(
+        Progress(**record["progress"]), record["early_stopping"], record["wandb_run_id"], record["validation"], record["extra"]
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -15,7 +14,7 @@ from largeformer.config.schema import TrainConfig
 from largeformer.evaluation.perplexity import LossTotal
 from largeformer.parallel.batch import Batch
 from largeformer.tracking.tracker import Tracker
-from largeformer.training.checkpointing import Progress, TrainingState
+from largeformer.training.checkpointing import Progress, Stateful, TrainingState
 from largeformer.training.early_stopping import EarlyStopping
 from largeformer.training.engine import Engine, StepResult
 from largeformer.training.metrics import Machine, StepMetrics, peak_memory_gib
@@ -33,9 +32,23 @@ class BatchSource(Protocol):
     def next(self) -> list[Batch]: ...
 
 
+class Checkpointer(Protocol):
+    """Where the run is saved. Every call is collective; `poll` costs nothing while no save is under way."""
+
+    def save(self, state: TrainingState) -> None:
+        """Begin a checkpoint; it may be finished by a later `poll`. One that fails is told, and training goes on."""
+
+    def poll(self) -> None:
+        """At a step boundary: finish what was written meanwhile."""
+
+    def finish(self) -> None:
+        """Wait for what is under way. Raises RuntimeError where the last checkpoint is not on disk."""
+
+
 @dataclass
 class Training:
-    """A run, assembled: what `fit` works with. Only `progress` and `engine` change as it goes on."""
+    """A run, assembled: what `fit` works with. `parts` are kept in checkpoints, by name. Only `progress`, `validation` and `engine` change
+    as it goes on."""
 
     train: TrainConfig
     engine: Engine
@@ -46,10 +59,12 @@ class Training:
     machine: Machine
     device: torch.device
     validate: Callable[[], LossTotal]
-    save: Callable[[TrainingState], Path]
+    checkpoints: Checkpointer
     save_interval: int | None
     wandb_run_id: str | None = None
     progress: Progress = field(default_factory=Progress)
+    validation: dict[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Stateful] = field(default_factory=dict)
 
 
 def fit(run: Training) -> Outcome:
@@ -63,6 +78,7 @@ def fit(run: Training) -> Outcome:
         result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
         run.progress = run.progress.after(result, run.data.consumed_samples)
         watch.lap(result, lr)
+        run.checkpoints.poll()
         if result.skipped:
             run.tracker.event("skipped", run.progress.step, loss_scale=result.loss_scale)
         if _due(run, run.train.log_interval):
@@ -77,6 +93,7 @@ def fit(run: Training) -> Outcome:
             _save(run, watch)
     if run.progress.step > started_at:
         _save(run, watch)
+    run.checkpoints.finish()
     return "exit requested" if outcome == "finished" and run.progress.step < run.train.train_iters else outcome
 
 
@@ -95,7 +112,8 @@ def _validate(run: Training, watch: _StopWatch) -> bool:
     with watch.paused():
         total = run.validate()
     row = {"val_loss": total.loss, "val_bits_per_byte": total.bits_per_byte}
-    run.tracker.log({"step": run.progress.step, **row})
+    run.validation = {"step": run.progress.step, **row}
+    run.tracker.log(run.validation)
     stop = run.early_stopping.update(row[run.early_stopping.metric])
     if stop:
         run.tracker.event("stopped early", run.progress.step, metric=run.early_stopping.metric, best=run.early_stopping.best)
@@ -103,9 +121,9 @@ def _validate(run: Training, watch: _StopWatch) -> bool:
 
 
 def _save(run: Training, watch: _StopWatch) -> None:
+    parts = {name: part.state_dict() for name, part in run.parts.items()}
     with watch.paused():
-        path = run.save(TrainingState(run.progress, run.early_stopping.state_dict(), run.wandb_run_id))
-    run.tracker.event("saved", run.progress.step, checkpoint=path.name)
+        run.checkpoints.save(TrainingState(run.progress, run.early_stopping.state_dict(), run.wandb_run_id, run.validation, parts))
 
 
 def _on_device(batches: Sequence[Batch], device: torch.device) -> list[Batch]:

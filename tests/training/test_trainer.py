@@ -44,13 +44,23 @@ class Source:
 
 @dataclass
 class Saved:
-    """Stands in for the checkpoint: `save` is tested with its own files in tests/checkpoint."""
+    """Stands in for the checkpoints, which are tested with their own files in tests/checkpoint. What is asked for is saved at the next
+    poll, as behind the training."""
 
+    tracker: JsonlTracker
+    asked: list[TrainingState] = field(default_factory=list)
     states: list[TrainingState] = field(default_factory=list)
 
-    def __call__(self, state: TrainingState) -> Path:
-        self.states.append(state)
-        return Path(f"step_{state.progress.step:08d}")
+    def save(self, state: TrainingState) -> None:
+        self.asked.append(state)
+
+    def poll(self) -> None:
+        for state in self.asked:
+            self.tracker.event("saved", state.progress.step)
+        self.states += self.asked
+        self.asked.clear()
+
+    finish = poll
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,13 @@ def run_fit(
 ) -> Fitted:
     """`losses`: what the validations find, one after another; then 1."""
     state = start or TrainingState(Progress())
-    saved, found = Saved(), iter(losses)
+    found = iter(losses)
     stopping = EarlyStopping(recipe.train.early_stopping)
     if state.early_stopping:
         stopping.load_state_dict(state.early_stopping)
     with fp16_on_cpu(), bench_of(ranks, recipe) as bench:
         tracker = JsonlTracker(folder, state.progress.step)
+        saved = Saved(tracker)
         training = Training(
             train=recipe.train,
             engine=bench.engine,
@@ -90,7 +101,7 @@ def run_fit(
             machine=Machine(flops_per_token=1e6, devices=1, peak_flops=1e12),
             device=torch.device("cpu"),
             validate=lambda: LossTotal(loss_sum=10 * next(found, 1.0), tokens=10, bytes=40),
-            save=saved,
+            checkpoints=saved,
             save_interval=save_interval,
             progress=state.progress,
         )
