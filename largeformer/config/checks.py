@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.layout import batch_problems, shape_problems
@@ -23,6 +24,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
         *_split_problems(recipe.data.split),
+        *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from largeformer.config.cleaning import CleaningStep, DeduplicateConfig
 from largeformer.config.section import Positive, PositiveInt, Section
 
 
@@ -32,6 +33,8 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(path="python-docs"),)
     split: str = "96,2,2"
     quarantine_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    cleaning: tuple[CleaningStep, ...] = ()
+    deduplicate: DeduplicateConfig | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0
 
     @property

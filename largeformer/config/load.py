@@ -21,7 +21,7 @@ from largeformer.config.deepspeed import check_world, deepspeed_problems, load_d
 from largeformer.config.resources import find_deepspeed, find_recipe
 from largeformer.config.schema import Recipe
 from largeformer.config.section import Section
-from largeformer.config.sentences import sentences, shown
+from largeformer.config.sentences import findings_of, sentences, shown
 from largeformer.config.source import apply_overrides, read_yaml, to_yaml
 from largeformer.errors import BadInputError
 
@@ -128,7 +128,7 @@ def _validated(raw: dict[str, Any]) -> tuple[Recipe | None, list[str], set[str]]
 def _repaired(raw: Mapping[str, Any], error: ValidationError, stand_ins: set[str]) -> dict[str, Any]:
     """`raw` without its wrong values; required keys, all of them positive numbers, get 1. Their names go to `stand_ins`."""
     repaired: dict[str, Any] = copy.deepcopy(dict(raw))
-    findings = error.errors(include_url=False)
+    findings = findings_of(error, Recipe)
     unknown = [finding["loc"] for finding in findings if finding["type"] == "extra_forbidden"]
     for place in unknown:
         _drop(repaired, place)

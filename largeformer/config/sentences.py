@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -17,6 +17,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
     "finite_number": "a finite number",
 }
 _BOUNDS = {
@@ -30,7 +31,7 @@ _BOUNDS = {
 def sentences(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One sentence for each finding of `error`, in the order of the keys. `model` is the tree that was validated."""
     known = list(dotted_keys(model))
-    findings = error.errors(include_url=False)
+    findings = findings_of(error, model)
     places = [finding["loc"] for finding in findings]
     told = []
     for finding in findings:
@@ -40,6 +41,22 @@ def sentences(error: ValidationError, model: type[BaseModel]) -> list[str]:
         if not echo:
             told.append(_sentence(finding, known))
     return told
+
+
+def findings_of(error: ValidationError, model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Pydantic's findings, each `loc` a place in the input: without the tag that says which section of a union was taken."""
+    known = set(dotted_keys(model))
+    return [{**finding, "loc": _without_tags(finding["loc"], known)} for finding in error.errors(include_url=False)]
+
+
+def _without_tags(place: Sequence[str | int], known: Container[str]) -> tuple[str | int, ...]:
+    """`("data", "cleaning", 0, "html", "form")` -> `("data", "cleaning", 0, "form")`: after an item's number, what is no key is a tag."""
+    kept: list[str | int] = []
+    for i, part in enumerate(place):
+        in_item = bool(kept) and isinstance(kept[-1], int) and i + 1 < len(place)
+        if not (in_item and ".".join(name for name in (*kept, part) if isinstance(name, str)) not in known):
+            kept.append(part)
+    return tuple(kept)
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -91,6 +108,12 @@ def _sentence(finding: Mapping[str, Any], known: Sequence[str]) -> str:
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         return f"{key} is {value}, which is none of {', '.join(choices)}{did_you_mean(str(finding['input']), choices)}"
+    if kind == "union_tag_invalid":
+        choices = context["expected_tags"].replace("'", "").split(", ")
+        name, tag = context["discriminator"].strip("'"), context["tag"]
+        return f"{key}.{name} is {shown(tag)}, which is none of {', '.join(choices)}{did_you_mean(tag, choices)}"
+    if kind == "union_tag_not_found":
+        return f"{key}.{context['discriminator'].strip(chr(39))} is missing: the recipe must state it"
     if kind == "too_short" and not finding["input"]:
         return f"{key} is empty: give at least {context['min_length']}"
     message = finding["msg"].replace("Tuple", "the list")
