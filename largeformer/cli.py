@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from largeformer import __version__
-from largeformer.commands import checks, stages
+from largeformer.commands import checkpoint, checks, stages
 from largeformer.commands.arguments import DONE, exit_code, speaks_for_all
 from largeformer.errors import BadInputError
 
@@ -54,6 +54,7 @@ def options(
 for command in (stages.prepare, stages.pretrain, stages.evaluate, stages.generate, checks.parity, checks.bench, checks.doctor):
     app.command()(command)
 app.command("run")(stages.run_stages)
+app.add_typer(checkpoint.commands, name="checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

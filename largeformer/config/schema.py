@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.errors import BadInputError
@@ -139,12 +140,6 @@ class OptimizerConfig(Section):
     clip_grad: NonNegative = 1.0
     l1_penalty: NonNegative = 0.0
     l2_penalty: NonNegative = 0.0
-
-
-class CheckpointConfig(Section):
-    save_interval: PositiveInt | None = None
-    keep_last: PositiveInt = 3
-    load: str | None = None
 
 
 class WandbConfig(Section):

@@ -104,10 +104,14 @@ class ParallelGroups:
             dist.broadcast(values, src=dist.get_global_rank(self.pipeline, self.layout.pipeline - 1), group=self.pipeline)
         return values
 
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must be for ranks to send it."""
+        return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
     def largest(self, value: float) -> float:
         """The largest of all ranks' values, on every rank. Collective over the world."""
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        held = torch.tensor(value, dtype=torch.float64, device=device)
+        held = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
         return held.item()
 

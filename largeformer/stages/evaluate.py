@@ -29,8 +29,7 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Ar
     """
     recipe = without_virtual_stages(on_this_world(recipe, discover(os.environ).world_size))
     with reporting(recipe, STAGE), enter_world(recipe, training=False) as world:
-        # Rank 0 looks, for all: another rank's view of a shared file system may be older.
-        found = world.from_main(lambda: find_source(recipe, source))
+        found = find_source(recipe, source)
         there = world.from_main(lambda: Artifact.read(Path(recipe.run.output_dir) / STAGE))
         if not again and there is not None and there.identity == _identity(recipe, found, _parents(found)):
             return there

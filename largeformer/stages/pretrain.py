@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largeformer.artifact import Artifact, identity_hash, library_versions
+from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.stages import prepare
@@ -15,6 +16,7 @@ from largeformer.stages.claim import claim
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
+    from largeformer.checkpoint.verify import Found
     from largeformer.data.loader import Batches
     from largeformer.evaluation.perplexity import LossTotal
     from largeformer.models.gpt import GPT
@@ -54,26 +56,24 @@ def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> Ar
 
 def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> tuple[Training, FanOut]:
     """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint."""
-    from largeformer.checkpoint.commit import locate, newest
     from largeformer.models.gpt import build_gpt
     from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights
     from largeformer.training.early_stopping import EarlyStopping
     from largeformer.training.engine import build_engine
-    from largeformer.training.saving import Checkpoints
+    from largeformer.training.saving import Checkpoints, retention_policy
     from largeformer.training.schedule import LearningRateSchedule
     from largeformer.training.trainer import Training
 
     checkpoints = folder / "checkpoints"
-    # Rank 0 looks, for all: another rank's view of a shared file system may be older.
-    given = recipe.checkpoint.load
-    checkpoint = world.from_main(lambda: newest(checkpoints) or (locate(Path(given)) if given else None))
+    found = resume_from(checkpoints, recipe.checkpoint, world)
+    checkpoint = found.checkpoint if found is not None else None
     chunks, shards = build_gpt(recipe, world.groups, world.device)
     if checkpoint is not None:
         load_weights(checkpoint, shards)
     engine = build_engine(recipe, chunks, shards, world.groups, world.deepspeed)
-    state = load_training_state(checkpoint, engine) if checkpoint is not None else TrainingState(Progress())
+    state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
     data, validate = _data(recipe, world, prepared, chunks, state.progress.samples)
-    tracker = _tracker(recipe, world, folder, state, checkpoint)
+    tracker = _tracker(recipe, world, folder, state, found)
     training = Training(
         train=recipe.train,
         engine=engine,
@@ -84,7 +84,7 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         machine=_machine(recipe, world),
         device=world.device,
         validate=validate,
-        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint),
+        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint, retention_policy(recipe)),
         save_interval=recipe.checkpoint.save_interval,
         wandb_run_id=tracker.wandb_run_id,
         progress=state.progress,
@@ -92,6 +92,23 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
     )
     state.restore(training.parts)
     return training, tracker
+
+
+def resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) -> Found | None:
+    """The newest valid checkpoint of this run, else the one that the recipe names. Damaged ones of this run are set aside: they would be
+    in the way of the next."""
+    from largeformer.checkpoint.commit import committed, set_aside, tidy
+    from largeformer.checkpoint.verify import find
+
+    def own() -> bool:
+        tidy(checkpoints)
+        return bool(committed(checkpoints))
+
+    if not world.from_main(own):
+        return find(Path(settings.load), settings.verify == "sha256") if settings.load is not None else None
+    found = find(checkpoints, settings.verify == "sha256")
+    world.from_main(lambda: [set_aside(refused.checkpoint) for refused in found.refused])
+    return found
 
 
 def _data(
@@ -133,7 +150,7 @@ def _data(
     return batches, validate
 
 
-def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, checkpoint: Path | None) -> FanOut:
+def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, found: Found | None) -> FanOut:
     from largeformer.tracking.build import build_trackers
 
     tracker = build_trackers(
@@ -146,8 +163,10 @@ def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, c
         wandb_run_id=state.wandb_run_id,
         enabled=world.info.is_main,
     )
-    if checkpoint is not None:
-        tracker.event("resumed", state.progress.step, checkpoint=checkpoint.name)
+    if found is not None:
+        for refused in found.refused:
+            tracker.event("refused", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)
+        tracker.event("resumed", state.progress.step, checkpoint=found.checkpoint.name)
     return tracker
 
 

@@ -36,20 +36,10 @@ class World:
     deepspeed: dict[str, Any]
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; the others wait. Bad input that it finds is raised on every rank."""
-        import torch.distributed as dist
+        """What `work` returns on rank 0, on every rank; the others wait. What it raises is raised on every rank."""
+        from largeformer.parallel.agreement import from_main
 
-        held: list[Any] = [None, None]
-        if self.info.is_main:
-            try:
-                held = [work(), None]
-            except BadInputError as error:
-                held = [None, error.problems]
-        dist.broadcast_object_list(held, src=0, device=self.device)
-        result, problems = held
-        if problems is not None:
-            raise BadInputError(problems)
-        return result  # type: ignore[no-any-return]
+        return from_main(work)
 
     def regroup(self, recipe: Recipe) -> World:
         """The same ranks under another layout."""
