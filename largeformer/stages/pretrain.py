@@ -51,7 +51,9 @@ def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> Ar
         outcome = fit(training)
         closing.pop_all()
     tracker.close("requeue" if outcome == "exit requested" else "finished")
-    return None if outcome == "exit requested" else _finish(recipe, world, prepared, folder, training, outcome)
+    artifact = None if outcome == "exit requested" else _finish(recipe, world, prepared, folder, training, outcome)
+    training.engine.close()  # the next stage needs the memory
+    return artifact
 
 
 def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> tuple[Training, FanOut]:

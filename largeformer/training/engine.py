@@ -25,7 +25,7 @@ from largeformer.parallel.pipeline import evaluate_loss, forward_loss, run_pipel
 from largeformer.training.gradients import clip_gradients, hook_penalties, hook_sequence_parallel, sum_tied_gradients
 from largeformer.training.optimizer import build_optimizer
 from largeformer.training.state import EngineState
-from largeformer.training.zero import partitioned_as_they_are
+from largeformer.training.zero import forget_models, partitioned_as_they_are
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -125,6 +125,11 @@ class Engine:
         loss_sum = evaluate_loss(self.chunks, batches, self.groups)
         dist.all_reduce(loss_sum, group=self.groups.data)
         return loss_sum.item(), self._valid_tokens(batches)
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds, so that the model, and process groups that hang on it, can be freed."""
+        self.wrapped.destroy()
+        forget_models()
 
     def _plain_pass(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)

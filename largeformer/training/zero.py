@@ -36,6 +36,21 @@ def partitioned_as_they_are() -> Iterator[None]:
         Partitioning._set_dtype = original
 
 
+def forget_models() -> None:
+    """ZeRO 3 notes every model that it wraps for good (0.19.8), and with it engine and process groups: in a list of the modules that
+    are in their forward, in the cache of a method, and by its hooks on rotary embeddings, which Megatron-core keeps in a cache."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    instrumented = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    cells = getattr(instrumented, "__closure__", None) or ()
+    for cached in (*(cell.cell_contents for cell in cells), *vars(RotaryEmbedding).values()):
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+
+
 def local_range(wrapped: Any, parameter: torch.nn.Parameter) -> tuple[int, int]:
     """First element, and number, of those of the flat parameter whose float32 state this data-parallel rank holds; without ZeRO all."""
     if wrapped.zero_optimization_stage() == 0:
