@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from largeformer.config.cleaning import cleaning_problems
+from largeformer.config.guards import guards_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.layout import batch_problems, shape_problems
@@ -26,6 +27,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_split_problems(recipe.data.split),
         *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
         *_retention_problems(recipe),
+        *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
     ]
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.guards import GuardsConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
@@ -180,6 +181,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     generate: GenerateConfig = GenerateConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -226,4 +228,6 @@ class Recipe(Section):
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
             "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"}),
             "train": train,
+            # Only a guard that leaves samples out changes what a run comes to.
+            **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
         }
