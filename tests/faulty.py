@@ -1,9 +1,9 @@
 """largeformer with one fault in it: `FAULTS='RANK MODULE FUNCTION CALL ACTION;...' python -m tests.faulty pretrain -c ...`.
 
 At call number CALL (from 1) of FUNCTION in MODULE, on RANK, ACTION happens, and then the call itself. So a fault comes at the same place
-each time, and no test has to guess how long something takes. As actions: the name of a signal, which the rank sends to itself;
-`pause:S`, for S seconds; `sleep`, for ever; `hang`, for ever and without giving up the interpreter's lock; `fail`. `spike:A-B` multiplies what the function returns,
-from then on, wherever its batch holds samples from A to B. FUNCTION `import` stands for the import of MODULE.
+each time, and no test has to guess how long something takes. Actions: names of signals, joined by +, which the rank sends to itself;
+`pause:S`, for S seconds; `sleep`, for ever; `hang`, for ever and without giving up the interpreter's lock; `fail`. `spike:A-B` multiplies
+what the function returns, at every call whose batch holds samples from A to B. FUNCTION `import` stands for the import of MODULE.
 """
 
 from __future__ import annotations

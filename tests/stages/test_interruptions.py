@@ -115,7 +115,7 @@ def test_a_rank_that_sleeps_for_ever_is_seen_and_every_stack_written(tmp_path: P
     assert ended.codes == [1, 1], ended.errors
     assert status(path)["status"] == "failed" and "no progress for" in status(path)["error"] and "step 2" in status(path)["error"]
     stacks = [(tmp_path / "run" / "pretrain" / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in range(2)]
-    assert "faulty.py" in stacks[1] and "faulty.py" not in stacks[0].replace('tests/faulty.py", line', "", 1) or "forward_loss" in stacks[0]
+    assert " in act\n" in stacks[1] and " in act\n" not in stacks[0]
     assert all("train_step" in stack and "no progress" in stack for stack in stacks)
 
 
@@ -150,7 +150,7 @@ def test_a_spike_is_left_out_once_and_for_good(tmp_path: Path) -> None:
     assert "spike" not in [event["event"] for event in events(path)]
     assert steps(path) == list(range(1, 21))
     samples = [row["samples"] for row in _lines(tmp_path / "run" / "pretrain" / "metrics.jsonl") if "loss" in row]
-    assert samples[11:14] == [96 + 32, 128 + 8, 128 + 16] or samples[11:14] == [96, 128 + 8, 128 + 16]
+    assert samples[11:14] == [96, 128 + 8, 128 + 16]
 
 
 # Which rank gets the signal where, the text to prepare, the code, the status and the checkpoints that are there then
@@ -193,7 +193,7 @@ def test_a_rank_that_hangs_with_the_interpreter_locked_is_ended_too(tmp_path: Pa
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 4.0})
     ended = launch(path, faults=f"1 {FORWARD} 4 hang")
     assert ended.codes == [1, 1], ended.errors
-    assert "faulty.py" in (tmp_path / "run" / "pretrain" / "stacks" / "rank_00001.txt").read_text()
+    assert " in act\n" in (tmp_path / "run" / "pretrain" / "stacks" / "rank_00001.txt").read_text()
     assert status(path)["status"] == "failed"
 
 
