@@ -1,8 +1,8 @@
 """What guards, watchdog and logging cost: `python -m tests.benchmarks.guards [rounds]`, some minutes on two cores.
 
-One engine on two data-parallel ranks trains by turns of ten steps with everything that is on by default, and without guards or trackers. The same
-steps are long on both sides, so what is compared is the sum of the medians over the turns; beside it stands the time that rank 0 spent inside
-guards and trackers, waiting for the other rank included.
+One engine on two data-parallel ranks trains by turns of ten steps, with all that is on by default and without guards or trackers. The
+medians over the turns are compared; beside them stands the time that rank 0 spent inside guards and trackers, in which it may also have
+waited for the other rank.
 """
 
 from __future__ import annotations
