@@ -59,7 +59,8 @@ def _train(
         if cut_short is not None:
             tracker.event("cut short", training.progress.step, reason=cut_short)
         if rewound:
-            tracker.event("rewound", training.progress.step, **asdict(read_rewinds(folder)[-1]))
+            made = asdict(read_rewinds(folder)[-1])
+            tracker.event("rewound", made.pop("step"), **made)
         outcome = fit(training)
         stop = interruptions.stop(training.guards, tracker, training.progress.step) if outcome == "stopped" else None
         closing.pop_all()

@@ -21,7 +21,7 @@ from tests.recipes import TINY
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 FORWARD = "largeformer.training.engine forward_loss"
-SAVE = "largeformer.training.checkpointing write_blocks"
+SAVE = "largeformer.training.saving write_contents"
 VALIDATE = "largeformer.evaluation.perplexity evaluate"
 
 
