@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from largeformer.artifact import Artifact, identity_hash, library_versions
 from largeformer.config.checkpoint import CheckpointConfig
@@ -46,10 +46,18 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     return artifact
 
 
-def _train(
-    recipe: Recipe, world: World, prepared: Artifact, folder: Path, cut_short: str | None = None, rewound: bool = False
-) -> Artifact | None:
-    """`cut_short`, `rewound`: how the attempt before this one ended, which its record may not hold any more."""
+def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path, cut_short: str | None) -> Artifact | None:
+    ended = _attempt(recipe, world, prepared, folder, cut_short=cut_short)
+    while ended == "rewind":
+        ended = _attempt(recipe, world, prepared, folder, rewound=True)
+    return ended
+
+
+def _attempt(
+    recipe: Recipe, world: World, prepared: Artifact, folder: Path, *, cut_short: str | None = None, rewound: bool = False
+) -> Artifact | None | Literal["rewind"]:
+    """Train from the newest checkpoint to the end, or to where all is to be built anew from an earlier one. `cut_short`, `rewound`: how the
+    attempt before this one ended, which its record may not hold any more."""
     from largeformer.training.rewind import read_rewinds
     from largeformer.training.trainer import fit
 
@@ -67,11 +75,13 @@ def _train(
     tracker.close("finished" if outcome in ("finished", "stopped early") else "requeue")
     if stop is not None:
         raise stop
+    artifact = None
     if outcome == "rewind":
         interruptions.rewind(world, folder, training.guards, recipe.guards.rewind_steps * recipe.train.global_batch_size)
-        training.engine.wrapped.destroy()
-        return _train(recipe, world, prepared, folder, rewound=True)
-    return None if outcome == "exit requested" else _finish(recipe, world, prepared, folder, training, outcome)
+    elif outcome != "exit requested":
+        artifact = _finish(recipe, world, prepared, folder, training, outcome)
+    training.engine.close()  # the next stage needs the memory
+    return "rewind" if outcome == "rewind" else artifact
 
 
 def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> tuple[Training, FanOut]:
