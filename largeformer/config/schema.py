@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
-from largeformer.config.guards import GuardsConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
+from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
@@ -143,18 +142,10 @@ class OptimizerConfig(Section):
     l2_penalty: NonNegative = 0.0
 
 
-class WandbConfig(Section):
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "largeformer"
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-
-
-class TrackingConfig(Section):
-    wandb: WandbConfig = WandbConfig()
-    tensorboard: bool = True
+class CheckpointConfig(Section):
+    save_interval: PositiveInt | None = None
+    keep_last: PositiveInt = 3
+    load: str | None = None
 
 
 class GenerateConfig(Section):
@@ -181,7 +172,6 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     generate: GenerateConfig = GenerateConfig()
-    guards: GuardsConfig = GuardsConfig()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -228,6 +218,4 @@ class Recipe(Section):
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
             "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"}),
             "train": train,
-            # Only a guard that leaves samples out changes what a run comes to.
-            **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
         }

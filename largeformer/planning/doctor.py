@@ -183,14 +183,14 @@ def disk(folder: Path, needed: int) -> Iterator[Finding]:
 def wandb_login(needs: Needs | None, environ: Mapping[str, str]) -> Iterator[Finding]:
     from urllib.parse import urlsplit
 
-    from largeformer.tracking.wandb import has_key
+    from largeformer.tracking.wandb_login import has_key
 
     host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     if has_key(host):
         yield Finding("wandb login", "ok", f"a key for {host} is here")
     elif needs is not None and needs.wandb_online:
-        remedy = "wandb login, or set WANDB_API_KEY"
-        yield Finding("wandb login", "warning", f"no key for {host}: the run would be recorded offline", remedy)
+        remedy = "wandb login, set WANDB_API_KEY, or set tracking.wandb.mode to offline"
+        yield Finding("wandb login", "error", f"no key for {host}: the run would not start", remedy)
     else:
         yield Finding("wandb login", "ok", "no key: runs are recorded offline")
 

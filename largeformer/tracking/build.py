@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from largeformer.config.schema import TrackingConfig
+from largeformer.config.tracking import TrackingConfig
 from largeformer.tracking.tracker import FanOut, Tracker
 
 _log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ def build_trackers(
     tracking: TrackingConfig,
     folder: Path,
     run_name: str,
-    config: Mapping[str, Any],
+    record: Mapping[str, Any],
     resume_step: int,
     total_steps: int,
     wandb_run_id: str | None = None,
@@ -26,8 +27,8 @@ def build_trackers(
 ) -> FanOut:
     """The trackers that the recipe asks for, writing into the stage's `folder`.
 
-    `config` is the resolved recipe; `resume_step` is the step of the checkpoint that training goes on from, 0 for a fresh start: what
-    an earlier process recorded after it is cut. `enabled` is False on ranks other than 0. TensorBoard or W&B failing to
+    `record` is what W&B keeps as the run's config; `resume_step` is the step of the checkpoint that training goes on from, 0 for a
+    fresh start: what an earlier process recorded after it is cut. `enabled` is False on ranks other than 0. TensorBoard or W&B failing to
     start is a warning; OSError where `metrics.jsonl` cannot be written, since then nothing of the run would be kept.
     """
     if not enabled:
@@ -39,8 +40,8 @@ def build_trackers(
     if tracking.tensorboard:
         trackers += _started("TensorBoard", lambda: _tensorboard(folder, resume_step))
     if tracking.wandb.mode != "disabled":
-        run_id = wandb_run_id = wandb_run_id or uuid.uuid4().hex[:8]
-        trackers += _started("W&B", lambda: _wandb(tracking, folder, run_name, config, run_id))
+        run_id = wandb_run_id = wandb_run_id or _sweep_run(os.environ) or uuid.uuid4().hex[:8]
+        trackers += _started("W&B", lambda: _wandb(tracking, folder, run_name, record, run_id, resume_step))
     trackers.append(ConsoleTracker(run_name, total_steps, resume_step))
     return FanOut(trackers, wandb_run_id)
 
@@ -59,7 +60,12 @@ def _tensorboard(folder: Path, resume_step: int) -> Tracker:
     return TensorBoardTracker(folder / "tensorboard", resume_step)
 
 
-def _wandb(tracking: TrackingConfig, folder: Path, run_name: str, config: Mapping[str, Any], run_id: str) -> Tracker:
+def _wandb(tracking: TrackingConfig, folder: Path, run_name: str, record: Mapping[str, Any], run_id: str, resume_step: int) -> Tracker:
     from largeformer.tracking.wandb import WandbTracker
 
-    return WandbTracker(tracking.wandb, folder, run_name, config, run_id)
+    return WandbTracker(tracking.wandb, folder, run_name, record, run_id, resume_step)
+
+
+def _sweep_run(environ: Mapping[str, str]) -> str | None:
+    """The run id that the agent of a W&B sweep has drawn for this process."""
+    return environ.get("WANDB_RUN_ID") if environ.get("WANDB_SWEEP_ID") else None

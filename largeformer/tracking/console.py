@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from largeformer.tracking.tracker import Row
+from largeformer.tracking.tracker import Row, Tracker
 
 REFRESHES_PER_SECOND = 2.0
 
 
-class ConsoleTracker:
+class ConsoleTracker(Tracker):
     """Rank 0's voice. `clock` gives seconds; `console` defaults to standard output."""
 
     def __init__(

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from largeformer.tracking.tracker import Row
+from largeformer.tracking.tracker import Row, Tracker
 
 
 class JsonLines:
@@ -39,7 +39,7 @@ class JsonLines:
         self._file.close()
 
 
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """Rows go to `metrics.jsonl`; events and samples of text to `events.jsonl`, each with its step and time."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from largeformer.tracking.tracker import Row, chart_values
+from largeformer.tracking.tracker import Row, Tracker, chart_values
 
 FLUSH_SECONDS = 20
 """Seconds of charts that a killed process may lose; TensorBoard's own default is two minutes."""
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Resuming hides what an earlier process charted after `resume_step` (0: a fresh start, everything)."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:

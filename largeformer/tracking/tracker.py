@@ -8,53 +8,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
+
+from largeformer.artifact import Artifact
+from largeformer.tracking.names import STEP, chart_name
 
 Row = Mapping[str, float | int | None]
 """One line of `metrics.jsonl`: "step" and the values of that step, None where there is none."""
 
-CHARTS: Mapping[str, str] = MappingProxyType(
-    {
-        "loss": "train/loss",
-        "lr": "train/lr",
-        "grad_norm": "train/grad_norm",
-        "loss_scale": "train/loss_scale",
-        "skipped": "train/skipped",
-        "samples": "train/samples",
-        "tokens": "train/tokens",
-        "val_loss": "val/loss",
-        "val_bits_per_byte": "val/bits_per_byte",
-        "tokens_per_s": "perf/tokens_per_s",
-        "step_time_s": "perf/step_time_s",
-        "tflops_per_device": "perf/tflops_per_device",
-        "mfu": "perf/mfu",
-        "memory_gib": "memory/peak_gib",
-    }
-)
-"""Column of a row -> name of its chart, the same in TensorBoard and W&B."""
-
 _log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Takes what happens in a run. `status` is that of status.json: finished, failed, requeue."""
+class Tracker:
+    """Takes what happens in a run. A tracker overrides what means something to it."""
 
-    def log(self, row: Row) -> None: ...
+    def log(self, row: Row) -> None:
+        """A row of numbers."""
 
-    def event(self, kind: str, step: int, **fields: Any) -> None: ...
+    def event(self, kind: str, step: int, **fields: Any) -> None:
+        """Something that happened at `step`."""
 
-    def sample(self, step: int, prompt: str, text: str) -> None: ...
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """What the model of `step` goes on with after `prompt`."""
 
-    def close(self, status: str) -> None: ...
+    def artifact(self, made: Artifact, sources: Sequence[Artifact]) -> None:
+        """The stage's result, and what it was made from."""
+
+    def close(self, status: str) -> None:
+        """The end; `status` is that of status.json: finished, failed, requeue."""
 
 
 def chart_values(row: Row) -> dict[str, float | int]:
-    """The row's values under their chart names; a column without a name of its own is charted under `train/`."""
-    return {CHARTS.get(key, f"train/{key}"): value for key, value in row.items() if key != "step" and value is not None}
+    """The row's values under the names of their charts."""
+    return {chart_name(key): value for key, value in row.items() if key != STEP and value is not None}
 
 
-class FanOut:
+class FanOut(Tracker):
     """A Tracker that passes everything on to several. `wandb_run_id` is to be kept in checkpoints, so that a resumed run
     continues the same W&B run; it is None where there is none."""
 
@@ -71,6 +60,9 @@ class FanOut:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._each(lambda tracker: tracker.sample(step, prompt, text))
+
+    def artifact(self, made: Artifact, sources: Sequence[Artifact]) -> None:
+        self._each(lambda tracker: tracker.artifact(made, sources))
 
     def close(self, status: str) -> None:
         self._each(lambda tracker: tracker.close(status))

@@ -1,73 +1,147 @@
-"""Weights & Biases: offline unless the recipe asks for online and a key is there.
+"""Weights & Biases: offline unless the recipe asks for online.
 
-The charts' axis is the training step, not W&B's own counter, so that validation rows fall onto the step they belong to, and
-several processes of one run (preempted, requeued) draw one curve. Offline runs wait in `<folder>/wandb` for `wandb sync`.
+The charts' axis is the training step, not W&B's own counter, so that validation rows fall onto the step they belong to; every row
+carries the tokens too, the other axis. Several processes of one run (preempted, killed, requeued) draw one curve: what an earlier one
+has logged is not logged again, and what it lost is taken from `metrics.jsonl`. Offline runs wait in `<folder>/wandb` for
+`largeformer sync`.
+
+W&B is given what this file names and nothing else: it would keep the command line, the host, the user, git addresses and installed
+packages of its own accord, and any of them may hold a secret.
 """
 
 from __future__ import annotations
 
 import logging
-import netrc
-import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import wandb
 
-from largeformer.config.schema import WandbConfig
-from largeformer.tracking.tracker import Row, chart_values
+from largeformer.artifact import MANIFEST, Artifact
+from largeformer.config.tracking import WandbConfig
+from largeformer.tracking.names import ALERTS, STEP, TOKENS
+from largeformer.tracking.reading import read_lines
+from largeformer.tracking.tracker import Row, Tracker, chart_values
+from largeformer.tracking.wandb_file import logged_rows
 
 START_SECONDS = 30.0
 """How long the server may take to answer at the start before the run is recorded offline."""
 FINISH_SECONDS = 60.0
-"""How long the last upload may take; what it leaves lies on disk."""
+"""How long the last upload may take, and likewise that of an artifact; what it leaves lies on disk."""
+FLUSH_SECONDS = 2.0
+"""Seconds of history that a killed process may lose; W&B's own default is 15."""
+
+_LONGEST_TITLE = 63  # characters; W&B refuses more
+_BETWEEN_ALERTS = 300.0  # seconds until one of the same title is sent again
 
 _log = logging.getLogger(__name__)
 
 
-class WandbTracker:
-    """One W&B run. Raises what W&B raises where not even an offline run can be started."""
+class WandbTracker(Tracker):
+    """One W&B run. `record` is what it keeps as its config; `resume_step` is the step of the checkpoint that training goes on from.
 
-    def __init__(self, config: WandbConfig, folder: Path, run_name: str, recipe: Mapping[str, Any], run_id: str) -> None:
+    Raises what W&B raises where not even an offline run can be started.
+    """
+
+    def __init__(
+        self, config: WandbConfig, folder: Path, run_name: str, record: Mapping[str, Any], run_id: str, resume_step: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        mode = "online" if config.mode == "online" and _key_or_warning() else "offline"
-        try:
-            self._run = _start(mode, config, folder, run_name, recipe, run_id)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            reason = str(error).partition("\n")[0]
-            _log.warning("W&B cannot be reached (%s); this run is recorded offline: send it later by `largeformer sync`", reason)
-            wandb.teardown()  # the failed start still holds the run's id
-            self._run = _start("offline", config, folder, run_name, recipe, run_id)
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._name = config.name or run_name
+        self._recorded = _recorded(folder, run_id)
+        self._run = _start_or_fall_back(config, folder, self._name, record, run_id)
+        self._run.define_metric(STEP)
+        self._run.define_metric(TOKENS, step_metric=STEP)
+        self._run.define_metric("*", step_metric=STEP)
+        self._tokens: float | None = None
+        self._last_step = resume_step
         self._samples: list[list[Any]] = []
+        self._catch_up(folder)
 
     def log(self, row: Row) -> None:
-        self._run.log({"step": row["step"], **chart_values(row)})
+        kind, step = _kind(row), int(row[STEP] or 0)
+        self._tokens = row.get("tokens", self._tokens)
+        self._last_step = step
+        if step <= self._recorded.get(kind, -1):
+            return  # logged by an earlier process, after the checkpoint from which this one goes on
+        self._recorded.pop(kind, None)  # from here on all is new, also after going back to a checkpoint
+        self._write(step, chart_values(row))
 
     def event(self, kind: str, step: int, **fields: Any) -> None:
-        self._run.log({"step": step, f"events/{kind}": 1})
+        self._write(step, {f"events/{kind}": 1})
+        if kind in ALERTS:
+            told = ", ".join(f"{name} {value}" for name, value in fields.items())
+            self._alert(f"{self._name}: {kind}", f"At step {step}{': ' if told else ''}{told}", ALERTS[kind])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         # A logged table cannot grow, so that each sample logs all of this process's samples anew.
         self._samples.append([step, prompt, text])
-        self._run.log({"step": step, "samples": wandb.Table(columns=["step", "prompt", "text"], data=self._samples)})
+        self._write(step, {"samples": wandb.Table(columns=["step", "prompt", "text"], data=self._samples)})
+
+    def artifact(self, made: Artifact, sources: Sequence[Artifact]) -> None:
+        def send() -> None:
+            # The public `use_artifact` works online alone, and waits for the upload without a limit.
+            for source in sources:
+                self._run._log_artifact(self._described(source), is_user_created=True, use_after_commit=True)
+            self._run.log_artifact(self._described(made), aliases=["latest", made.identity])
+
+        _within(FINISH_SECONDS, send)
 
     def close(self, status: str) -> None:
         if status == "requeue":
             self._run.mark_preempting()  # shown as preempted, not crashed, until the requeued job continues it
+        else:
+            level = "INFO" if status == "finished" else "ERROR"
+            self._alert(f"{self._name}: {status}", f"At step {self._last_step}.", level)
         self._run.finish(exit_code=0 if status == "finished" else 1)
 
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        axes = {STEP: step} if self._tokens is None else {STEP: step, TOKENS: self._tokens}
+        self._run.log({**axes, **values})
 
-def _start(mode: str, config: WandbConfig, folder: Path, run_name: str, recipe: Mapping[str, Any], run_id: str) -> wandb.Run:
+    def _alert(self, title: str, text: str, level: str) -> None:
+        self._run.alert(title[:_LONGEST_TITLE], text, level, wait_duration=_BETWEEN_ALERTS)
+
+    def _catch_up(self, folder: Path) -> None:
+        """Log the rows up to the checkpoint that no earlier process of this run got as far as writing."""
+        if "train" in self._recorded:  # online, the server may know more than the files that are here
+            self._recorded["train"] = max(self._recorded["train"], _number(self._run.summary.get(STEP)))
+        for row in read_lines(folder / "metrics.jsonl").rows:
+            self.log(row)
+
+    def _described(self, made: Artifact) -> wandb.Artifact:
+        """Name, identity, parents, metrics, and the files that say how it was made. Weights stay where they are: they are large."""
+        metadata = {"identity": made.identity, "parents": made.parents, "metrics": made.metrics, "versions": made.versions}
+        described = wandb.Artifact(f"{_plain(self._name)}-{made.kind}", type=made.kind, metadata=metadata)
+        for name in (MANIFEST, "config.yaml"):
+            if (made.path / name).exists():
+                described.add_file(str(made.path / name), policy="immutable")  # not copied to W&B's own folder first
+        return described
+
+
+def _start_or_fall_back(config: WandbConfig, folder: Path, name: str, record: Mapping[str, Any], run_id: str) -> wandb.Run:
+    if config.mode != "online":
+        return _start("offline", config, folder, name, record, run_id)
+    try:
+        return _start("online", config, folder, name, record, run_id)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        _log.warning("W&B cannot be reached (%s); this run is recorded offline: send it later by `largeformer sync`", reason)
+        wandb.teardown()  # the failed start still holds the run's id
+        return _start("offline", config, folder, name, record, run_id)
+
+
+def _start(mode: str, config: WandbConfig, folder: Path, name: str, record: Mapping[str, Any], run_id: str) -> wandb.Run:
     settings = wandb.Settings(
         silent=True,
         console="off",  # the progress bar is not to be captured
         save_code=False,
+        disable_git=True,
+        x_disable_meta=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
         init_timeout=START_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
@@ -78,33 +152,53 @@ def _start(mode: str, config: WandbConfig, folder: Path, run_name: str, recipe: 
         entity=config.entity,
         group=config.group,
         tags=config.tags,
-        name=config.name or run_name,
+        name=name,
         id=run_id,
         resume="allow",
         dir=str(folder),
-        config=dict(recipe),
+        config=dict(record),
+        allow_val_change=True,  # a run may go on with another layout
         settings=settings,
     )
 
 
-def _key_or_warning() -> bool:
-    host = urlsplit(wandb.setup(wandb.Settings(silent=True)).settings.base_url).netloc
-    if has_key(host):
-        return True
-    _log.warning("tracking.wandb.mode is online, but there is no key for %s (WANDB_API_KEY, or `wandb login`): recording offline", host)
-    return False
+def _recorded(folder: Path, run_id: str) -> dict[str, int]:
+    """The last step that earlier processes logged, of training and of validation rows."""
+    last: dict[str, int] = {}
+    for row in logged_rows(folder, run_id):
+        for kind, chart in (("train", "train/lr"), ("val", "val/loss")):
+            if chart in row:
+                last[kind] = int(row.get(STEP, 0))
+    return last
 
 
-def has_key(host: str) -> bool:
-    """Whether W&B would find a key for `host` without asking: in the environment, or in the netrc file where `wandb login` puts it."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
+def _kind(row: Row) -> str:
+    return "val" if "val_loss" in row else "train"
+
+
+def _number(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) else -1
+
+
+def _plain(name: str) -> str:
+    """`name` in the characters that an artifact's may have."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name) or "run"
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """`call`, given up after `seconds`: its thread ends with the process. Raises what it raises, or TimeoutError."""
+    failed: list[Exception] = []
+
+    def run() -> None:
         try:
-            if netrc.netrc(file).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+            call()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="wandb artifact", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    for error in failed:
+        raise error

@@ -224,11 +224,11 @@ def test_fp16_is_an_error_where_the_recipe_asks_for_it() -> None:
 @pytest.mark.parametrize(
     ("online", "key", "level"),
     [
-        (True, None, "warning"),
+        (True, None, "error"),
         (False, None, "ok"),
         (True, "environment", "ok"),
         (True, "netrc", "ok"),
-        (True, "netrc of another host", "warning"),
+        (True, "netrc of another host", "error"),
     ],
 )
 def test_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool, key: str | None, level: str) -> None:

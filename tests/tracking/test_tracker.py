@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from largeformer.config.schema import TrackingConfig
+from largeformer.config.tracking import TrackingConfig
 from largeformer.tracking.build import build_trackers
 from largeformer.tracking.jsonl import JsonlTracker
 from largeformer.tracking.tracker import FanOut, chart_values
@@ -94,7 +94,7 @@ QUIET = TrackingConfig.model_validate({"wandb": {"mode": "disabled"}, "tensorboa
 
 
 def build(folder: Path, tracking: TrackingConfig = QUIET, **changes: Any) -> FanOut:
-    return build_trackers(tracking, folder, **{"run_name": "r", "config": {}, "resume_step": 0, "total_steps": 2, **changes})
+    return build_trackers(tracking, folder, **{"run_name": "r", "record": {}, "resume_step": 0, "total_steps": 2, **changes})
 
 
 def test_ranks_other_than_0_write_nothing_and_keep_the_run_id(tmp_path: Path) -> None:
