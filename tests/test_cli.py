@@ -55,7 +55,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
 
 def test_help_names_every_stage() -> None:
     text = run("--help").stdout
-    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor"):
+    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor", "report", "sync"):
         assert f" {stage} " in text
 
 
