@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from largeformer.cli import main
+from largeformer.training.signals import StopSignals
+
+
+def main() -> int:
+    """The command line in a process of its own, with its handlers of signals set before anything heavy is imported."""
+    StopSignals.install()
+    from largeformer import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,11 +18,14 @@ from typing import Annotated, Any
 import typer
 
 from largeformer import __version__
-from largeformer.commands import checks, stages, tracking
+from largeformer.commands import checkpoint, checks, stages, tracking
 from largeformer.commands.arguments import DONE, exit_code, speaks_for_all
 from largeformer.errors import BadInputError
+from largeformer.training.signals import EXIT_CODE as STOPPED
+from largeformer.training.signals import StopRequested, StopSignals
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SAVE_WHEN_ASKED_TO_STOP = {"pretrain", "run"}  # the others end at a SIGTERM as any program does
 
 # Whatever is wrong with a command line is told by an exception of this class, which Typer does not name in public.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -49,11 +52,14 @@ def options(
         raise typer.Exit(DONE)
     if context.invoked_subcommand is None:
         raise typer.BadParameter("name a stage; see largeformer --help")
+    if context.invoked_subcommand not in SAVE_WHEN_ASKED_TO_STOP:
+        StopSignals.current().release()
 
 
 for command in (stages.prepare, stages.pretrain, stages.evaluate, stages.generate, checks.parity, checks.bench, checks.doctor):
     app.command()(command)
 app.command("run")(stages.run_stages)
+app.add_typer(checkpoint.commands, name="checkpoint")
 app.command()(tracking.report)
 app.command()(tracking.sync)
 
@@ -72,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks_for_all():
             error.show()
         return BAD_INPUT
+    except StopRequested as stop:
+        if speaks_for_all():
+            print(f"{stop}; the same command goes on from here", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from largeformer.config.cleaning import cleaning_problems
+from largeformer.config.guards import guards_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.layout import batch_problems, shape_problems
@@ -25,6 +26,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_optimizer_problems(recipe.optimizer),
         *_split_problems(recipe.data.split),
         *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
+        *_retention_problems(recipe),
+        *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
     ]
 
 
@@ -138,3 +141,12 @@ def _split_problems(split: str) -> Iterator[str]:
     right = len(weights) == 3 and all(math.isfinite(weight) and weight >= 0 for weight in weights) and weights[0] > 0
     if not right:
         yield f"data.split '{split}' is not three shares for training, validation and test, the first above 0, such as '96,2,2'"
+
+
+def _retention_problems(recipe: Recipe) -> Iterator[str]:
+    checkpoint, interval = recipe.checkpoint, recipe.train.eval_interval
+    if checkpoint.keep_best and (checkpoint.save_interval is None or checkpoint.save_interval % interval):
+        yield (
+            f"checkpoint.keep_best {checkpoint.keep_best} compares validations, and checkpoint.save_interval {checkpoint.save_interval} "
+            f"is not a multiple of train.eval_interval {interval}: make it one, so that each saved step is validated"
+        )

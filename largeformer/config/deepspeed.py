@@ -85,8 +85,7 @@ def _settings(recipe: Recipe, zero: ZeroConfig) -> Iterator[tuple[str, Any]]:
         # DeepSpeed's bf16 optimizer needs the first for the second when gradients come from a schedule outside the engine.
         yield "bf16.immediate_grad_update", True
         yield "data_types.grad_accum_dtype", "fp32"
-    if recipe.train.precision == "fp16" and recipe.parallel.pipeline_model_parallel_size == 1:
-        # Under a pipeline DeepSpeed would fill the separate accumulator at the end only: fp16 sums there, under its loss scale.
+    if recipe.train.precision == "fp16":
         yield "data_types.grad_accum_dtype", "fp32"
     if zero.stage == 0:
         return

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.guards import GuardsConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
@@ -142,12 +144,6 @@ class OptimizerConfig(Section):
     l2_penalty: NonNegative = 0.0
 
 
-class CheckpointConfig(Section):
-    save_interval: PositiveInt | None = None
-    keep_last: PositiveInt = 3
-    load: str | None = None
-
-
 class GenerateConfig(Section):
     """Sampling for `generate`, and for the sample shown after training. Temperature 0 is greedy."""
 
@@ -172,6 +168,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     generate: GenerateConfig = GenerateConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -218,4 +215,6 @@ class Recipe(Section):
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
             "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"}),
             "train": train,
+            # Only a guard that leaves samples out changes what a run comes to.
+            **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
         }

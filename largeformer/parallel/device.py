@@ -8,11 +8,14 @@ tracker. On a machine without a GPU these are answered by their CPU counterparts
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 _TRACKED = "model-parallel-rng"
@@ -58,10 +61,16 @@ def seed_ranks(seed: int, tensor: int, data: int, pipeline: int) -> None:
 
 
 def rng_states() -> dict[str, torch.Tensor]:
-    """Every random state that training draws from, as uint8 tensors."""
+    """Every random state that training, its data and its libraries draw from, as uint8 tensors; Python's and NumPy's as JSON in them."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    states = {"torch": torch.get_rng_state(), **{f"tracker.{k}": v for k, v in get_cuda_rng_tracker().get_states().items()}}
+    kind, keys, *place = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        **{f"tracker.{k}": v for k, v in get_cuda_rng_tracker().get_states().items()},
+        "python": _as_tensor(random.getstate()),
+        "numpy": _as_tensor([kind, np.asarray(keys).tolist(), *place]),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -73,8 +82,19 @@ def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
 
     torch.set_rng_state(states["torch"])
     get_cuda_rng_tracker().set_states({k.removeprefix("tracker."): v for k, v in states.items() if k.startswith("tracker.")})
+    version, keys, gauss = _from_tensor(states["python"])
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(_from_tensor(states["numpy"])))
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _as_tensor(state: Any) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _from_tensor(state: torch.Tensor) -> Any:
+    return json.loads(bytes(state.tolist()))
 
 
 def _adapt_megatron_to_cpu() -> None:

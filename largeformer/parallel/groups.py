@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,12 +105,20 @@ class ParallelGroups:
             dist.broadcast(values, src=dist.get_global_rank(self.pipeline, self.layout.pipeline - 1), group=self.pipeline)
         return values
 
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must be for ranks to send it."""
+        return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
     def largest(self, value: float) -> float:
         """The largest of all ranks' values, on every rank. Collective over the world."""
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        held = torch.tensor(value, dtype=torch.float64, device=device)
+        return self.largest_of([value])[0]
+
+    def largest_of(self, values: Sequence[float]) -> list[float]:
+        """The same of each of several values, in one reduction."""
+        held = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
-        return held.item()
+        return held.tolist()
 
 
 def join_world(rank: int, world_size: int, init_method: str, device: torch.device) -> None:

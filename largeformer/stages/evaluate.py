@@ -14,6 +14,7 @@ from largeformer.stages import prepare
 from largeformer.stages.generate import continue_prompt, inference_layout
 from largeformer.stages.weights import Source, find_source, load_model, on_this_world, without_virtual_stages
 from largeformer.stages.world import World, enter_world, reporting
+from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from largeformer.evaluation.perplexity import LossTotal
@@ -28,9 +29,8 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Ar
     The result is kept as an artifact in the recipe's run folder; without `again`, one that is there for this checkpoint is returned.
     """
     recipe = without_virtual_stages(on_this_world(recipe, discover(os.environ).world_size))
-    with reporting(recipe, STAGE), enter_world(recipe, training=False) as world:
-        # Rank 0 looks, for all: another rank's view of a shared file system may be older.
-        found = world.from_main(lambda: find_source(recipe, source))
+    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(recipe, training=False) as world:
+        found = find_source(recipe, source)
         there = world.from_main(lambda: Artifact.read(Path(recipe.run.output_dir) / STAGE))
         if not again and there is not None and there.identity == _identity(recipe, found, _parents(found)):
             return there

@@ -20,8 +20,8 @@ def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> 
     from largeformer.stages.world import enter_world
 
     recipe = inference_layout(recipe, discover(os.environ).world_size)
-    found = find_source(recipe, source)
     with enter_world(recipe, training=False) as world:
+        found = find_source(recipe, source)
         text = continue_prompt(recipe, world, found, prompt, settings)
         if world.info.is_main:
             print(prompt + text)

@@ -28,6 +28,7 @@ from largeformer.parallel.environment import discover
 from largeformer.stages.claim import claim
 from largeformer.stages.progress import ByteProgress
 from largeformer.stages.world import reporting
+from largeformer.training.signals import StopRequested, StopSignals
 
 KIND = "prepare"
 _TOKENIZER = "tokenizer.model"
@@ -60,7 +61,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact:
     """
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
-    with reporting(recipe, KIND):
+    with reporting(recipe, KIND), StopSignals.current().at_once():
         there = Artifact.read(folder)
         if there is not None and there.identity == identity:
             return there
@@ -90,6 +91,8 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
         status = read_status(folder.parent) or {}
         if status.get("status") == "failed" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
             raise BadInputError(f"prepare failed on the rank that runs it: {status.get('error', 'no reason given')}")
+        if status.get("status") == "requeue" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
+            raise StopRequested(f"prepare was {status.get('reason')} on the rank that runs it")
         if timeout is not None and time.monotonic() - started > timeout:
             raise TimeoutError(
                 f"no {folder / 'manifest.json'} after {timeout:g} s: is the rank that runs prepare alive, and the folder shared?"

@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from largeformer.artifact import Artifact, identity_hash, library_versions
+from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
-from largeformer.stages import prepare
+from largeformer.stages import interruptions, prepare
 from largeformer.stages.claim import claim
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
+    from largeformer.checkpoint.verify import Found
     from largeformer.data.loader import Batches
     from largeformer.evaluation.perplexity import LossTotal
     from largeformer.models.gpt import GPT
@@ -23,85 +25,140 @@ if TYPE_CHECKING:
     from largeformer.training.checkpointing import TrainingState
     from largeformer.training.metrics import Machine
     from largeformer.training.trainer import Outcome, Training
+    from largeformer.training.watchdog import Watchdog
 
 STAGE = "pretrain"
 LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
-    """Train under `<output_dir>/pretrain`. Returns the artifact, or None where the run was asked to stop before its end."""
+    """Train under `<output_dir>/pretrain`. Returns the artifact, or None where `exit_iteration` came before the end. Raises StopRequested
+    where a signal or the clock did."""
     folder = Path(recipe.run.output_dir) / STAGE
     check_world(recipe)
+    cut_short = interruptions.cut_short(recipe)
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
-        artifact = world.from_main(lambda: Artifact.read(folder)) or _train(recipe, world, prepared, folder)
+        artifact = world.from_main(lambda: Artifact.read(folder)) or _train(recipe, world, prepared, folder, cut_short)
         if artifact is None:
             report("requeue")
     return artifact
 
 
-def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> Artifact | None:
+def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path, cut_short: str | None) -> Artifact | None:
+    ended = _attempt(recipe, world, prepared, folder, cut_short=cut_short)
+    while ended == "rewind":
+        ended = _attempt(recipe, world, prepared, folder, rewound=True)
+    return ended
+
+
+def _attempt(
+    recipe: Recipe, world: World, prepared: Artifact, folder: Path, *, cut_short: str | None = None, rewound: bool = False
+) -> Artifact | Literal["rewind"] | None:
+    """Train from the newest checkpoint to the end, or to where all is to be built anew from an earlier one. `cut_short`, `rewound`: how the
+    attempt before this one ended, which its record may not hold any more."""
+    from largeformer.training.rewind import read_rewinds
     from largeformer.training.trainer import fit
 
     training, tracker = assemble(recipe, world, prepared, folder)
-    with ExitStack() as closing:
+    with ExitStack() as closing, training.guards.watchdog:
         closing.callback(lambda: tracker.close("failed"))
+        if cut_short is not None:
+            tracker.event("cut short", training.progress.step, reason=cut_short)
+        if rewound:
+            made = asdict(read_rewinds(folder)[-1])
+            tracker.event("rewound", made.pop("step"), **made)
         outcome = fit(training)
-        artifact = None if outcome == "exit requested" else _finish(recipe, world, prepared, folder, training, outcome)
+        stop = interruptions.stop(training.guards, tracker, training.progress.step) if outcome == "stopped" else None
+        done = outcome in ("finished", "stopped early")
+        artifact = _finish(recipe, world, prepared, folder, training, outcome) if done else None
         closing.pop_all()
     if artifact is not None:
         tracker.artifact(artifact, [prepared])
-    tracker.close("requeue" if artifact is None else "finished")
-    return artifact
+    tracker.close("finished" if done else "requeue")
+    if stop is not None:
+        raise stop
+    if outcome == "rewind":
+        interruptions.rewind(world, folder, training.guards, recipe.guards.rewind_steps * recipe.train.global_batch_size)
+    training.engine.close()  # the next stage needs the memory
+    return "rewind" if outcome == "rewind" else artifact
 
 
 def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> tuple[Training, FanOut]:
     """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint."""
-    from largeformer.checkpoint.commit import locate, newest
     from largeformer.models.gpt import build_gpt
     from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights
     from largeformer.training.early_stopping import EarlyStopping
     from largeformer.training.engine import build_engine
-    from largeformer.training.saving import Checkpoints
+    from largeformer.training.guards import build_guards
+    from largeformer.training.rewind import LeavingOut, read_rewinds
+    from largeformer.training.saving import Checkpoints, retention_policy
     from largeformer.training.schedule import LearningRateSchedule
     from largeformer.training.trainer import Training
 
-    checkpoints = folder / "checkpoints"
-    # Rank 0 looks, for all: another rank's view of a shared file system may be older.
-    given = recipe.checkpoint.load
-    checkpoint = world.from_main(lambda: newest(checkpoints) or (locate(Path(given)) if given else None))
+    checkpoints, rewinds = folder / "checkpoints", world.from_main(lambda: read_rewinds(folder))
+    found = resume_from(checkpoints, recipe.checkpoint, world)
+    checkpoint = found.checkpoint if found is not None else None
     chunks, shards = build_gpt(recipe, world.groups, world.device)
     if checkpoint is not None:
         load_weights(checkpoint, shards)
     engine = build_engine(recipe, chunks, shards, world.groups, world.deepspeed)
-    state = load_training_state(checkpoint, engine) if checkpoint is not None else TrainingState(Progress())
-    data, validate = _data(recipe, world, prepared, chunks, state.progress.samples)
-    tracker = _tracker(recipe, world, folder, state, checkpoint)
+    state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
+    tracker = _tracker(recipe, world, folder, state, found)
+    guards = build_guards(
+        recipe,
+        engine,
+        tracker,
+        folder,
+        may_rewind=recipe.guards.rewinds and not rewinds,
+        stopping=interruptions.announcer(recipe, STAGE),
+        hanging=interruptions.hanging(recipe, STAGE),
+    )
+    open_data, validate = _data(recipe, world, prepared, chunks, guards.watchdog)
     training = Training(
         train=recipe.train,
         engine=engine,
-        data=data,
+        data=LeavingOut(open_data, state.progress.samples, rewinds),
         schedule=LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters),
         early_stopping=EarlyStopping.restored(recipe.train.early_stopping, state.early_stopping),
         tracker=tracker,
+        guards=guards,
         machine=_machine(recipe, world),
         device=world.device,
         validate=validate,
-        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint),
+        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint, retention_policy(recipe)),
         save_interval=recipe.checkpoint.save_interval,
         wandb_run_id=tracker.wandb_run_id,
         progress=state.progress,
         validation=state.validation,
+        parts={"guards": guards},
     )
     state.restore(training.parts)
     return training, tracker
 
 
+def resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) -> Found | None:
+    """The newest valid checkpoint of this run, else the one that the recipe names. Damaged ones of this run are set aside: they would be
+    in the way of the next."""
+    from largeformer.checkpoint.commit import committed, set_aside, tidy
+    from largeformer.checkpoint.verify import find
+
+    def own() -> bool:
+        tidy(checkpoints)
+        return bool(committed(checkpoints))
+
+    if not world.from_main(own):
+        return find(Path(settings.load), settings.verify == "sha256") if settings.load is not None else None
+    found = find(checkpoints, settings.verify == "sha256")
+    world.from_main(lambda: [set_aside(refused.checkpoint) for refused in found.refused])
+    return found
+
+
 def _data(
-    recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], consumed_samples: int
-) -> tuple[Batches, Callable[[], LossTotal]]:
-    """This data rank's batches from `consumed_samples` on, and the validation that runs between them."""
+    recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog
+) -> tuple[Callable[[int], Batches], Callable[[], LossTotal]]:
+    """This data rank's batches from a given sample on, and the validation that runs between them."""
     from largeformer.data.loader import Batches, fixed_batches
     from largeformer.data.ramp import BatchSizes
     from largeformer.data.splits import build_splits
@@ -110,34 +167,37 @@ def _data(
     train, place = recipe.train, (world.groups.coordinates.data, world.groups.layout.data)
     tokenizer = prepare.open_tokenizer(recipe, prepared.path)
     sizes = BatchSizes(train)
+    spare = recipe.guards.rewind_steps * train.global_batch_size if recipe.guards.rewinds else 0
     splits = build_splits(
         recipe.data,
         recipe.model.seq_length,
         tokenizer,
         prepare.prefixes(recipe, prepared.path),
-        (sizes.samples_after(train.train_iters), train.eval_iters * train.global_batch_size, 0),
+        (sizes.samples_after(train.train_iters) + spare, train.eval_iters * train.global_batch_size, 0),
         recipe.run.seed,
         prepared.path / "cache",
     )
     training, validation = splits.train, splits.valid
     assert training is not None and validation is not None, "samples of both were asked for"
-    batches = Batches(
-        training,
-        train.micro_batch_size,
-        *place,
-        batch_sizes=sizes.at,
-        consumed_samples=consumed_samples,
-        num_workers=recipe.data.num_workers,
-    )
+
+    def open_at(consumed_samples: int) -> Batches:
+        return Batches(
+            training,
+            train.micro_batch_size,
+            *place,
+            batch_sizes=sizes.at,
+            consumed_samples=consumed_samples,
+            num_workers=recipe.data.num_workers,
+        )
 
     def validate() -> LossTotal:
         held_out = fixed_batches(validation, train.eval_iters, train.global_batch_size, train.micro_batch_size, *place)
-        return evaluate(chunks, held_out, world.groups, tokenizer.piece_bytes)
+        return evaluate(chunks, watchdog.following(held_out, "a batch of the validation"), world.groups, tokenizer.piece_bytes)
 
-    return batches, validate
+    return open_at, validate
 
 
-def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, checkpoint: Path | None) -> FanOut:
+def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, found: Found | None) -> FanOut:
     from largeformer.tracking.build import build_trackers
     from largeformer.tracking.provenance import git_state
 
@@ -157,8 +217,10 @@ def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, c
         wandb_run_id=state.wandb_run_id,
         enabled=world.info.is_main,
     )
-    if checkpoint is not None:
-        tracker.event("resumed", state.progress.step, checkpoint=checkpoint.name)
+    if found is not None:
+        for refused in found.refused:
+            tracker.event("refused", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)
+        tracker.event("resumed", state.progress.step, checkpoint=found.checkpoint.name)
     return tracker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.stages.world import World
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -25,11 +28,18 @@ class Source:
 
 
 def find_source(recipe: Recipe, source: Path | None) -> Source:
-    """What `source` (a run, a stage or a checkpoint; default: the recipe's own run) means. Raises BadInputError where it is
-    not there, or its run holds no prepared data."""
-    from largeformer.checkpoint.commit import locate
+    """What `source` (a run, a stage or a checkpoint; default: the recipe's own run) means: of several checkpoints the newest whose weights
+    are what was written. Collective. Raises BadInputError where there is none, or its run holds no prepared data."""
+    from largeformer.checkpoint.verify import find
+    from largeformer.parallel.agreement import from_main, is_main
 
-    checkpoint = locate(source or Path(recipe.run.output_dir) / "pretrain")
+    found = find(source or Path(recipe.run.output_dir) / "pretrain", recipe.checkpoint.verify == "sha256", below="weights/")
+    for refused in found.refused if is_main() else ():
+        _log.warning("%s; using %s instead", refused, found.checkpoint.name)
+    return from_main(lambda: _with_data(recipe, found.checkpoint))
+
+
+def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
     run_folder = checkpoint.absolute().parent.parent.parent
     for folder in (run_folder / prepare.KIND, prepare.stage_folder(recipe)):
         prepared = Artifact.read(folder)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from largeformer.artifact import Status, write_status
+from largeformer.artifact import Status, read_status, write_status
 from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.launching.local import free_port
 from largeformer.parallel.environment import RankInfo, discover, to_environ
+from largeformer.training.signals import StopRequested
 
 if TYPE_CHECKING:
     import torch
 
     from largeformer.parallel.groups import ParallelGroups
 
+
+_MAIN_SPEAKS_WITHIN_S = 3.0
 
 T = TypeVar("T")
 
@@ -36,20 +40,10 @@ class World:
     deepspeed: dict[str, Any]
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; the others wait. Bad input that it finds is raised on every rank."""
-        import torch.distributed as dist
+        """What `work` returns on rank 0, on every rank; the others wait. What it raises is raised on every rank."""
+        from largeformer.parallel.agreement import from_main
 
-        held: list[Any] = [None, None]
-        if self.info.is_main:
-            try:
-                held = [work(), None]
-            except BadInputError as error:
-                held = [None, error.problems]
-        dist.broadcast_object_list(held, src=0, device=self.device)
-        result, problems = held
-        if problems is not None:
-            raise BadInputError(problems)
-        return result  # type: ignore[no-any-return]
+        return from_main(work)
 
     def regroup(self, recipe: Recipe) -> World:
         """The same ranks under another layout."""
@@ -105,7 +99,8 @@ def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
 
 @contextlib.contextmanager
 def reporting(recipe: Recipe, stage: str) -> Iterator[Callable[[Status], None]]:
-    """Keep `status.json` true while `stage` runs. The block may say that it ends as something else than finished."""
+    """Keep `status.json` true while `stage` runs. The block may say that it ends as something else than finished; one that raises
+    StopRequested was interrupted, and is to be started again."""
     folder = Path(recipe.run.output_dir)
     is_main = discover(os.environ).is_main
     ends: list[Status] = ["finished"]
@@ -113,9 +108,31 @@ def reporting(recipe: Recipe, stage: str) -> Iterator[Callable[[Status], None]]:
         write_status(folder, "running", stage=stage)
     try:
         yield ends.append
-    except BaseException as error:
+    except StopRequested as stop:
         if is_main:
-            write_status(folder, "failed", stage=stage, error=f"{type(error).__name__}: {error}")
+            write_status(folder, "requeue", stage=stage, reason=str(stop))
+        raise
+    except BaseException as error:
+        tell_failure(recipe, stage, f"{type(error).__name__}: {error}")
         raise
     if is_main:
         write_status(folder, ends[-1], stage=stage)
+
+
+def tell_failure(recipe: Recipe, stage: str, error: str) -> None:
+    """Write into `status.json` that `stage` failed. Rank 0 does; where it has not after a while, it is dead, and this rank
+    does in its place."""
+    folder, info = Path(recipe.run.output_dir), discover(os.environ)
+    if not info.is_main:
+        deadline = time.monotonic() + _MAIN_SPEAKS_WITHIN_S
+        while time.monotonic() < deadline:
+            if not _runs(folder, stage):
+                return
+            time.sleep(0.1)
+        error = f"rank {info.rank}: {error}"
+    write_status(folder, "failed", stage=stage, error=error)
+
+
+def _runs(folder: Path, stage: str) -> bool:
+    status = read_status(folder) or {}
+    return status.get("status") == "running" and status.get("stage") == stage

@@ -70,6 +70,8 @@ class WandbTracker(Tracker):
         self._write(step, chart_values(row))
 
     def event(self, kind: str, step: int, **fields: Any) -> None:
+        if kind == "rewound":
+            self._recorded.clear()  # the steps that come are others, though they have been there before
         self._write(step, {f"events/{kind}": 1})
         if kind in ALERTS:
             told = ", ".join(f"{name} {value}" for name, value in fields.items())

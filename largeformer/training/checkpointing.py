@@ -1,42 +1,48 @@
-"""Save and resume: everything that the next step depends on, in one folder.
+"""What a checkpoint holds, and how it is read: everything that the next step depends on, in one folder.
 
     step_00000100/
       weights/*.safetensors      in the model's dtype, by global name
-      optimizer/*.safetensors    float32 masters and moments, by `kind.name`
+      optimizer/*.safetensors    float32 moments, and masters where weights are not float32, by `kind.name`
       random/rank_00000.safetensors
-      state.json                 layout, progress, optimizer steps, loss scaler, early stopping, W&B run id
+      state.json                 layout, progress, optimizer steps, loss scaler, early stopping, validation, W&B run id, named parts
       config.yaml                the resolved recipe
+      checksums.json             size and SHA-256 of all of these; written last
 
-Tensors belong to no layout: another one reads the same files. Random states belong to a rank's place in its layout, and are
-left at another: tensor-parallel ranks must draw alike, data-parallel ones must not.
+Tensors belong to no layout: another one reads the same files. Random states belong to a rank's place in its layout; at another
+layout they are drawn anew from seed and step: tensor-parallel ranks must draw alike, data-parallel ones must not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from largeformer.artifact import write_atomically
-from largeformer.checkpoint.commit import new_checkpoint
-from largeformer.checkpoint.format import read_blocks, write_blocks
-from largeformer.checkpoint.retention import drop_old
+from largeformer.artifact import library_versions, write_atomically
+from largeformer.checkpoint.format import SUFFIX, Block, Place, ShardWriter, Tensors, read_headers, write_blocks
+from largeformer.checkpoint.manifest import DamagedError, Digest, Files, read_manifest
 from largeformer.errors import BadInputError
 from largeformer.models.shards import Shard
-from largeformer.parallel.device import restore_rng_states, rng_states
+from largeformer.parallel.agreement import from_main
+from largeformer.parallel.device import restore_rng_states, rng_states, seed_ranks
+from largeformer.tracking.jsonl import encode
 from largeformer.training.engine import Engine, StepResult
-from largeformer.training.state import weight_blocks
+from largeformer.training.state import OPTIMIZER, WEIGHTS, weight_blocks
+
+FORMAT = 1
+STATE, CONFIG, RANDOM = "state.json", "config.yaml", "random"
+LIBRARIES = ("torch", "deepspeed", "megatron-core", "safetensors")
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where training stands. `step`: global batches consumed; `skipped`: those whose step was not taken, which the learning
-    rate does not count either; `samples`, `tokens`: consumed, valid tokens only."""
+    rate does not count either; `samples`, `tokens`: consumed, valid tokens only. `samples` is also the place in the data."""
 
     step: int = 0
     skipped: int = 0
@@ -79,54 +85,112 @@ class TrainingState:
                 part.load_state_dict(self.extra[name])
 
 
-def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, config_yaml: str, keep_last: int) -> Path:
-    """Write and commit a checkpoint under `folder`; collective. Returns its path."""
-    step = state.progress.step
-    with new_checkpoint(folder, step) as path:
-        kinds = ("master", *engine.state.moments)
-        write_blocks(path / "weights", list(engine.state.weight_blocks()))
-        write_blocks(path / "optimizer", list(engine.state.blocks(kinds)))
-        (path / "random").mkdir(exist_ok=True)
-        save_file(rng_states(), path / "random" / f"rank_{engine.groups.rank:05d}.safetensors")
-        if engine.groups.rank == 0:
-            record = {
-                "format": 1,
-                "layout": asdict(engine.groups.layout),
-                "optimizer": {"kinds": kinds, "steps": engine.state.optimizer_steps},
-                "loss_scaler": engine.scaler_state(),
-                **asdict(state),
-            }
-            write_atomically(path / "state.json", (json.dumps(record, indent=2) + "\n").encode())
-            write_atomically(path / "config.yaml", config_yaml.encode())
-    if engine.groups.rank == 0:
-        drop_old(folder, keep_last)
-    return folder / f"step_{step:08d}"
+@dataclass(frozen=True)
+class Contents:
+    """What this rank writes: `places` by folder, whose tensors come one at a time; and what is small enough to be at hand."""
+
+    rank: int
+    places: dict[str, list[Place]]
+    random: list[Block]
+    texts: dict[str, bytes]
+
+
+def contents_of(engine: Engine, state: TrainingState, config_yaml: str) -> Contents:
+    """Collective: the ranks settle who writes what."""
+    random = [Block(name, value, (0,) * value.dim(), tuple(value.shape)) for name, value in rng_states().items()]
+    record = {
+        "format": FORMAT,
+        "layout": asdict(engine.groups.layout),
+        "optimizer": {"kinds": engine.state.kinds(), "steps": engine.state.optimizer_steps},
+        "loss_scaler": engine.scaler_state(),
+        "versions": library_versions(LIBRARIES),
+        **asdict(state),
+    }
+    texts = {STATE: (json.dumps(json.loads(encode(record)), indent=2) + "\n").encode(), CONFIG: config_yaml.encode()}
+    return Contents(engine.groups.rank, engine.state.places(), random, texts if engine.groups.rank == 0 else {})
+
+
+def write_contents(folder: Path, contents: Contents, tensors: Iterable[tuple[str, Any]]) -> tuple[Files, str | None]:
+    """Write this rank's files below `folder`; returns what they are, or why they could not be written.
+
+    `tensors` is gone through to its end in any case, since other ranks may be waiting in it.
+    """
+    name = f"rank_{contents.rank:05d}{SUFFIX}"
+    writers: dict[str, ShardWriter] = {}
+    written: Files = {}
+    problem: str | None = None
+    try:
+        for part, places in contents.places.items():
+            if places:
+                (folder / part).mkdir(exist_ok=True)
+                writers[part] = ShardWriter(folder / part / name, places)
+    except OSError as error:
+        problem = str(error)
+    for part, tensor in tensors:
+        if problem is None:
+            try:
+                writers[part].append(tensor)
+            except OSError as error:
+                problem = str(error)
+    try:
+        if problem is None:
+            written = {f"{part}/{name}": writer.close() for part, writer in writers.items()}
+            (folder / RANDOM).mkdir(exist_ok=True)
+            written[f"{RANDOM}/{name}"] = write_blocks(folder / RANDOM / name, contents.random)
+            for text, content in contents.texts.items():
+                write_atomically(folder / text, content)
+                written[text] = Digest.of(content)
+    except OSError as error:
+        problem = str(error)
+    for writer in writers.values():
+        writer.abandon()
+    return written, problem
 
 
 def load_weights(checkpoint: Path, shards: Sequence[Shard]) -> None:
     """Read the weights into the parameters. Collective, and before the engine is built."""
-    read_blocks(checkpoint / "weights", weight_blocks(shards))
+    open_tensors(checkpoint, WEIGHTS).read(weight_blocks(shards))
 
 
-def load_training_state(checkpoint: Path, engine: Engine) -> TrainingState:
-    """Read the rest into an engine whose weights were read before it was built. Collective."""
-    record = read_state(checkpoint)
+def load_training_state(checkpoint: Path, engine: Engine, seed: int = 0) -> TrainingState:
+    """Read the rest into an engine whose weights were read before it was built. Collective. `seed`: the recipe's."""
+    record = from_main(lambda: read_state(checkpoint))
     optimizer = record["optimizer"]
-    engine.state.load(optimizer["kinds"], optimizer["steps"], lambda blocks: read_blocks(checkpoint / "optimizer", blocks))
+    held = {part: open_tensors(checkpoint, part) for part in (WEIGHTS, OPTIMIZER)}
+    engine.state.load(optimizer["kinds"], optimizer["steps"], lambda part, blocks: held[part].read(blocks))
     engine.restore_scaler(record["loss_scaler"])
+    progress = Progress(**record["progress"])
     if record["layout"] == asdict(engine.groups.layout):
-        states: dict[str, torch.Tensor] = load_file(checkpoint / "random" / f"rank_{engine.groups.rank:05d}.safetensors")
-        restore_rng_states(states)
-    return TrainingState(
-        Progress(**record["progress"]), record["early_stopping"], record["wandb_run_id"], record["validation"], record["extra"]
-    )
+        path = checkpoint / RANDOM / f"rank_{engine.groups.rank:05d}{SUFFIX}"
+        try:
+            restore_rng_states(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{path} cannot be read ({error})") from None
+    else:
+        at = engine.groups.coordinates
+        seed_ranks(seed + 1_000_003 * progress.step, at.tensor, at.data, at.pipeline)
+    return TrainingState(progress, record["early_stopping"], record["wandb_run_id"], record["validation"], record["extra"])
+
+
+def open_tensors(checkpoint: Path, part: str) -> Tensors:
+    """The tensors of one folder of a checkpoint. Collective: rank 0 reads the headers, for all."""
+    stored = from_main(lambda: read_headers(checkpoint, [name for name in read_manifest(checkpoint) if name.startswith(f"{part}/")]))
+    return Tensors(checkpoint / part, stored)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
-    path = checkpoint / "state.json"
+    """`state.json` of a checkpoint. Raises BadInputError where it is not one that this version writes."""
+    path = checkpoint / STATE
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read ({error}); name another checkpoint") from error
+        if record["format"] != FORMAT:
+            raise BadInputError(f"{path} is of format {record['format']}, and this version reads {FORMAT}: use the version that wrote it")
+        wanted = ("layout", "optimizer", "loss_scaler", "progress", "early_stopping", "wandb_run_id", "validation", "extra")
+        missing = [key for key in wanted if key not in record]
+        if missing:
+            raise KeyError(", ".join(missing))
+    except BadInputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read ({type(error).__name__}: {error}); name another checkpoint") from None
     return record

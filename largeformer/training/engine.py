@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from largeformer.parallel.groups import ParallelGroups
 from largeformer.parallel.pipeline import evaluate_loss, forward_loss, run_pipeline
 from largeformer.training.gradients import clip_gradients, hook_penalties, hook_sequence_parallel, sum_tied_gradients
 from largeformer.training.optimizer import build_optimizer
+from largeformer.training.soundness import Refusal, UncountedGradients, let_refuse
 from largeformer.training.state import EngineState
-from largeformer.training.zero import partitioned_as_they_are
+from largeformer.training.zero import forget_models, partitioned_as_they_are
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -33,7 +35,8 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step. `loss`: nats per valid token of the whole global batch, alike on every rank. `grad_norm`: before
-    clipping, unscaled; None where the step was skipped. `skipped`: gradients overflowed and no weight changed."""
+    clipping, unscaled; None where the step was skipped. `skipped`: the loss or a gradient of some rank was not finite, and on no
+    rank did a weight or a moment change."""
 
     loss: float
     tokens: int
@@ -62,6 +65,9 @@ class Engine:
         self.chunks = list(chunks)
         self.groups = groups
         self._penalty = penalty
+        self._uncounted = UncountedGradients(chunks, groups)
+        self._refusal = Refusal()
+        let_refuse(wrapped.optimizer, self._refusal)
         self._zero_stage = wrapped.zero_optimization_stage()
         self._pipelined = groups.layout.pipeline > 1
         # One data-parallel rank has nothing to sum, and DeepSpeed would still copy all gradients into a bucket and back. Its ZeRO
@@ -106,10 +112,11 @@ class Engine:
         return Accumulated(loss=loss_sum.item() / max(tokens, 1), tokens=tokens, loss_scale=loss_scale)
 
     def step(self, accumulated: Accumulated, lr: float) -> StepResult:
-        """Clip and step; a step whose gradients overflowed is skipped."""
+        """Clip and step. The step is skipped on every rank where the loss or a gradient of any rank is not finite."""
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = lr
         norm = self._norm_without_zero() if self._zero_stage == 0 else None
+        self._refusal.refused = not self._sound(accumulated.loss, norm)
         self.wrapped.step()
         skipped = not self.wrapped.was_step_applied()
         if self.wrapped.fp16_enabled():
@@ -125,6 +132,11 @@ class Engine:
         loss_sum = evaluate_loss(self.chunks, batches, self.groups)
         dist.all_reduce(loss_sum, group=self.groups.data)
         return loss_sum.item(), self._valid_tokens(batches)
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds, so that the model, and process groups that hang on it, can be freed."""
+        self.wrapped.destroy()
+        forget_models()
 
     def _plain_pass(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
@@ -150,6 +162,13 @@ class Engine:
     def _norm_without_zero(self) -> float:
         # DeepSpeed's own clipping counts the second copy of a tied embedding and reports no norm.
         return clip_gradients(self.chunks, self.wrapped.gradient_clipping(), self.groups)
+
+    def _sound(self, loss: float, norm: float | None) -> bool:
+        """Whether what DeepSpeed's norm does not tell is finite, on any rank. Its own norm it judges itself, alike on all ranks."""
+        finite = self._uncounted.finite()  # asked in any case: it forgets what it has seen
+        sound = finite and math.isfinite(loss) and (norm is None or math.isfinite(norm))
+        # Without tensor parallelism every gradient counts in the norm, and loss and norm are sums over ranks already.
+        return sound if self.groups.layout.tensor == 1 else self.groups.largest(not sound) == 0
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> int:
         counted = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()

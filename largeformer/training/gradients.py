@@ -61,9 +61,13 @@ def sum_tied_gradients(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
     if not chunk.share_embeddings_and_output_weights:
         return
     weight = chunk.shared_embedding_or_output_weight()  # type: ignore[operator]
-    # DeepSpeed's bf16 optimizer accumulates in float32 beside the parameter.
-    gradient = getattr(weight, "_hp_grad", None) if getattr(weight, "_hp_grad", None) is not None else weight.grad
-    dist.all_reduce(gradient, group=groups.embedding)
+    dist.all_reduce(_accumulated(weight), group=groups.embedding)
+
+
+def _accumulated(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What all micro batches left: in half precision DeepSpeed adds them up in float32 beside the parameter."""
+    places = (getattr(parameter, name, None) for name in ("_hp_grad", "grad_accum", "grad"))
+    return next(gradient for gradient in places if gradient is not None)
 
 
 @torch.no_grad()

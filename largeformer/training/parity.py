@@ -65,7 +65,7 @@ def measure(recipe: Recipe, groups: ParallelGroups, device: torch.device, deepsp
     result = engine.step(accumulated, recipe.optimizer.lr)
     values = gather_full(shards, lambda shard: shard.of(engine.state.master(shard.parameter)).clone())
     next_loss = engine.accumulate(batches).loss
-    engine.wrapped.destroy()
+    engine.close()
     norm = result.grad_norm if result.grad_norm is not None else float("nan")
     return Measurement(result.loss, norm, next_loss, gradients, values)
 

@@ -17,10 +17,12 @@ from largeformer.tracking.tracker import Tracker
 from largeformer.training.checkpointing import Progress, Stateful, TrainingState
 from largeformer.training.early_stopping import EarlyStopping
 from largeformer.training.engine import Engine, StepResult
+from largeformer.training.guards import Guards
 from largeformer.training.metrics import Machine, StepMetrics, peak_memory_gib
 from largeformer.training.schedule import LearningRateSchedule
 
-Outcome = Literal["finished", "stopped early", "exit requested"]
+Outcome = Literal["finished", "stopped early", "exit requested", "stopped", "rewind"]
+"""`exit requested`: by `exit_iteration`; `stopped`: by a signal or `exit_duration_minutes`; `rewind`: to the newest checkpoint, unsaved."""
 
 
 class BatchSource(Protocol):
@@ -56,6 +58,7 @@ class Training:
     schedule: LearningRateSchedule
     early_stopping: EarlyStopping
     tracker: Tracker
+    guards: Guards
     machine: Machine
     device: torch.device
     validate: Callable[[], LossTotal]
@@ -68,47 +71,41 @@ class Training:
 
 
 def fit(run: Training) -> Outcome:
-    """Train until `train_iters`, early stopping or a requested exit; validate, save and report on the way."""
-    watch = _StopWatch(run)
-    outcome: Outcome = "finished"
-    started_at = run.progress.step
-    last = min(run.train.train_iters, run.train.exit_iteration or run.train.train_iters)
-    while run.progress.step < last:
-        lr = run.schedule.at(run.progress.next_optimizer_step)
-        result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
+    """Train until `train_iters`, early stopping, a requested exit or a guard's objection; validate, save and report on the way."""
+    watch, guards = _StopWatch(run), run.guards
+    started_at, last = run.progress.step, min(run.train.train_iters, run.train.exit_iteration or run.train.train_iters)
+    outcome: Outcome | None = guards.interruption(minutes=0.0)
+    while outcome is None and run.progress.step < last:
+        lr, begin = run.schedule.at(run.progress.next_optimizer_step), run.data.consumed_samples
+        with guards.step(run.progress.step + 1, first=run.progress.step == started_at):
+            result = run.engine.train_step(_on_device(run.data.next(), run.device), lr)
         run.progress = run.progress.after(result, run.data.consumed_samples)
         watch.lap(result, lr)
-        run.checkpoints.poll()
-        if result.skipped:
-            run.tracker.event("skipped", run.progress.step, loss_scale=result.loss_scale)
+        with guards.watchdog.suspended("a checkpoint"):
+            run.checkpoints.poll()
         if _due(run, run.train.log_interval):
             watch.report()
+        guards.after_step(run.progress.step, result, (begin, run.progress.samples))
         if _due(run, run.train.eval_interval) and _validate(run, watch):
             outcome = "stopped early"
-        elif run.progress.step < last and _out_of_time(run, watch.minutes):
-            outcome = "exit requested"
-        if outcome != "finished":
-            break
-        if run.save_interval and run.progress.step % run.save_interval == 0 and run.progress.step < last:
+        elif run.progress.step < last:
+            outcome = guards.interruption(watch.minutes)
+        if outcome is None and run.save_interval and run.progress.step % run.save_interval == 0 and run.progress.step < last:
             _save(run, watch)
-    if run.progress.step > started_at:
+    if outcome != "rewind" and run.progress.step > started_at:
         _save(run, watch)
-    run.checkpoints.finish()
-    return "exit requested" if outcome == "finished" and run.progress.step < run.train.train_iters else outcome
+    with guards.watchdog.suspended("the last checkpoint"):
+        run.checkpoints.finish()
+    return outcome or ("finished" if run.progress.step >= run.train.train_iters else "exit requested")
 
 
 def _due(run: Training, interval: int) -> bool:
     return run.progress.step % interval == 0 or run.progress.step == run.train.train_iters
 
 
-def _out_of_time(run: Training, minutes: float) -> bool:
-    limit = run.train.exit_duration_minutes
-    # Clocks differ: the slowest rank decides for all, so that all leave at the same step.
-    return limit is not None and run.engine.groups.largest(minutes) >= limit
-
-
 def _validate(run: Training, watch: _StopWatch) -> bool:
     """Returns whether to stop early."""
+    run.guards.watchdog.beat(f"the validation after step {run.progress.step}")
     with watch.paused():
         total = run.validate()
     row = {"val_loss": total.loss, "val_bits_per_byte": total.bits_per_byte}
@@ -122,7 +119,7 @@ def _validate(run: Training, watch: _StopWatch) -> bool:
 
 def _save(run: Training, watch: _StopWatch) -> None:
     parts = {name: part.state_dict() for name, part in run.parts.items()}
-    with watch.paused():
+    with watch.paused(), run.guards.watchdog.suspended(f"the checkpoint of step {run.progress.step}"):
         run.checkpoints.save(TrainingState(run.progress, run.early_stopping.state_dict(), run.wandb_run_id, run.validation, parts))
 
 

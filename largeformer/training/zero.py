@@ -1,5 +1,5 @@
-"""Setting optimizer state inside DeepSpeed's optimizers, one parameter at a time, at whatever layout the engine has. And one
-mistake of its partitioning, corrected.
+"""Optimizer state inside DeepSpeed's optimizers, one parameter at a time, and of it the part that this rank holds. And one mistake of
+its partitioning, corrected.
 
 Each stage keeps float32 masters in flat partitions and moments under those in the base optimizer, which holds none before its
 first step. The library can set them only where they exist, and under ZeRO 3 only where the parameter divides evenly.
@@ -8,7 +8,7 @@ first step. The library can set them only where they exist, and under ZeRO 3 onl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,32 +36,74 @@ def partitioned_as_they_are() -> Iterator[None]:
         Partitioning._set_dtype = original
 
 
-def set_state(wrapped: Any, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
-    """`values`: float32 "master" and moments of the whole (data-parallel) parameter; `steps`: steps that the optimizer took."""
-    moments = [kind for kind in values if kind != "master"]
+def forget_models() -> None:
+    """ZeRO 3 notes every model that it wraps for good (0.19.8), and with it engine and process groups: in a list of the modules that
+    are in their forward, in the cache of a method, and by its hooks on rotary embeddings, which Megatron-core keeps in a cache."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    instrumented = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    cells = getattr(instrumented, "__closure__", None) or ()
+    for cached in (*(cell.cell_contents for cell in cells), *vars(RotaryEmbedding).values()):
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+
+
+def local_range(wrapped: Any, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """First element, and number, of those of the flat parameter whose float32 state this data-parallel rank holds; without ZeRO all."""
     if wrapped.zero_optimization_stage() == 0:
-        _set_plain(wrapped.optimizer, parameter, values, steps)
+        return 0, parameter.numel()
+    if hasattr(parameter, "ds_tensor"):
+        size, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
+        start = min(size * dist.get_rank(parameter.ds_process_group), whole)  # type: ignore[attr-defined]
+        return start, min(size, whole - start)
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+
+def local_part(wrapped: Any, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    """That part of the "master" or of a moment: float32, flat. Where the optimizer keeps it in memory, it is that memory."""
+    if wrapped.zero_optimization_stage() == 0:
+        return (parameter.detach() if kind == "master" else wrapped.optimizer.state[parameter][kind]).flatten()
+    if hasattr(parameter, "ds_tensor"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = safe_get_local_fp32_param(parameter) if kind == "master" else safe_get_local_optimizer_state(parameter, kind)
+        return part.flatten()[: local_range(wrapped, parameter)[1]]  # type: ignore[no-any-return]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return torch.empty(0)
+    return mapping.get_hp_fragment(None if kind == "master" else kind).detach().flatten()  # type: ignore[no-any-return]
+
+
+def set_local_state(
+    wrapped: Any, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor, moments: Sequence[str], steps: int
+) -> None:
+    """`value`: this rank's part of the float32 "master" or moment, flat. `moments`: all that there are to be; `steps`: that the optimizer
+    took."""
+    if wrapped.zero_optimization_stage() == 0:
+        _set_plain(wrapped.optimizer, parameter, kind, value.view(parameter.shape), steps)
         return
     _make_moments(wrapped.optimizer, moments, steps)
-    for kind, value in values.items():
-        if hasattr(parameter, "ds_tensor"):
-            _set_partition(parameter, value, None if kind == "master" else kind)
-        elif kind == "master":
-            parameter.set_full_hp_param(value)  # type: ignore[attr-defined]
-        else:
-            parameter.set_full_hp_param(value, kind)  # type: ignore[attr-defined]
+    if hasattr(parameter, "ds_tensor"):
+        _set_partition(parameter, value, None if kind == "master" else kind)
+    elif value.numel():
+        local_part(wrapped, parameter, kind).copy_(value)
 
 
-def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int) -> None:
-    parameter.data.copy_(values["master"])
-    state: dict[str, Any] = {kind: value.to(parameter.device) for kind, value in values.items() if kind != "master"}
-    if "exp_avg" in state:
+def _set_plain(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor, steps: int) -> None:
+    if kind == "master":
+        parameter.data.copy_(value)
+        return
+    state = optimizer.state[parameter]
+    state[kind] = value.to(parameter.device)
+    if kind == "exp_avg":
         state["step"] = _step_count(optimizer, steps, parameter)
-    if state:
-        optimizer.state[parameter] = state
 
 
-def _make_moments(optimizer: Any, moments: list[str], steps: int) -> None:
+def _make_moments(optimizer: Any, moments: Sequence[str], steps: int) -> None:
     """Give each master the state that a first step would have made. Does nothing the second time."""
     base = optimizer.optimizer
     made = False
@@ -112,18 +154,16 @@ def _masters(optimizer: Any) -> list[torch.Tensor]:
 
 
 def _set_partition(parameter: torch.nn.Parameter, value: torch.Tensor, kind: str | None) -> None:
-    """ZeRO 3: this rank's part of the zero-padded, flat `value`; a master is copied into the weight as well."""
+    """ZeRO 3: `value` and zeros up to the partition's size; a master is copied into the weight as well."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    group = parameter.ds_process_group  # type: ignore[attr-defined]
     with _in_memory(parameter) as partition:
-        padded = F.pad(value.flatten(), (0, partition.numel() * dist.get_world_size(group) - value.numel()))
-        mine = padded.narrow(0, partition.numel() * dist.get_rank(group), partition.numel())
+        padded = F.pad(value, (0, partition.numel() - value.numel()))
         if kind is None:
-            safe_set_local_fp32_param(parameter, mine)
-            partition.data.copy_(mine)
+            safe_set_local_fp32_param(parameter, padded)
+            partition.data.copy_(padded)
         else:
-            safe_set_local_optimizer_state(parameter, mine, kind)
+            safe_set_local_optimizer_state(parameter, padded, kind)
 
 
 @contextlib.contextmanager

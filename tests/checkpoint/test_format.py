@@ -1,23 +1,22 @@
-"""Blocks of global tensors to files and back, at any cut; and folders that are a checkpoint or are not."""
+"""Blocks of global tensors to safetensors files and back, at any cut. PyTorch's reader and the safetensors library agree."""
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
-from largeformer.checkpoint.commit import committed, locate, new_checkpoint, newest, step_of
-from largeformer.checkpoint.format import Block, read_blocks, write_blocks
-from largeformer.checkpoint.retention import drop_old
+from largeformer.checkpoint.format import Block, Place, ShardWriter, Tensors, read_headers, write_blocks
+from largeformer.checkpoint.manifest import DamagedError, Digest
 from largeformer.errors import BadInputError
-from tests.distributed import RankContext, RankPool
 
-Ranks = Callable[[int], RankPool]
 Cuts = dict[str, tuple[int, ...]]
 """Name -> how many pieces along each dimension; a rank takes every world-th piece."""
 
@@ -31,6 +30,10 @@ def whole(name: str) -> torch.Tensor:
     return values.to(DTYPES[name])
 
 
+def part_of(values: torch.Tensor, block: Block) -> torch.Tensor:
+    return values[tuple(slice(o, o + n) for o, n in zip(block.offset, block.tensor.shape, strict=True))]
+
+
 def pieces(name: str, counts: tuple[int, ...], fill: bool) -> list[Block]:
     """All blocks of a tensor cut into `counts`; filled with its values, or with NaN, which a read must replace."""
     values = whole(name) if fill else torch.full_like(whole(name), torch.nan)
@@ -40,67 +43,100 @@ def pieces(name: str, counts: tuple[int, ...], fill: bool) -> list[Block]:
     for place in places:
         offset = tuple(index * size for index, size in zip(place, sizes, strict=True))
         view = values[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
-        blocks.append(Block(name, view.clone(), offset, tuple(values.shape)))
+        blocks.append(Block(name, view, offset, tuple(values.shape)))
     return blocks
 
 
-def share(ranks: RankContext, cuts: Cuts, fill: bool) -> list[Block]:
-    every = [block for name, counts in cuts.items() for block in pieces(name, counts, fill)]
-    return every[ranks.rank :: ranks.world_size]
+def every(cuts: Cuts, fill: bool) -> list[Block]:
+    return [block for name, counts in cuts.items() for block in pieces(name, counts, fill)]
 
 
-def write(ranks: RankContext, folder: Path, cuts: Cuts) -> None:
-    write_blocks(folder, share(ranks, cuts, fill=True))
+def write(folder: Path, cuts: Cuts, ranks: int) -> list[str]:
+    """One file a rank; their names."""
+    for rank in range(ranks):
+        write_blocks(folder / f"rank{rank}.safetensors", every(cuts, fill=True)[rank::ranks])
+    return sorted(path.name for path in folder.iterdir())
 
 
-def read(ranks: RankContext, folder: Path, cuts: Cuts) -> list[tuple[str, bool]]:
-    """Name of each block that this rank asked for, and whether it got the values."""
-    blocks = share(ranks, cuts, fill=False)
-    read_blocks(folder, blocks)
-    found = []
-    for block in blocks:
-        expected = whole(block.name)[tuple(slice(o, o + n) for o, n in zip(block.offset, block.tensor.shape, strict=True))]
-        found.append((block.name, torch.equal(block.tensor, expected)))
-    return found
+def opened(folder: Path) -> Tensors:
+    return Tensors(folder, read_headers(folder, sorted(path.name for path in folder.glob("*.safetensors"))))
 
 
 UNCUT: Cuts = {"matrix": (1, 1), "half": (1, 1), "vector": (1,), "small": (1, 1)}
 ROWS: Cuts = {"matrix": (2, 1), "half": (2, 1), "vector": (2,), "small": (2, 1)}
+COLUMNS: Cuts = {"matrix": (1, 2), "half": (1, 2), "vector": (2,), "small": (1, 2)}
 SIX: Cuts = {"matrix": (3, 2), "half": (3, 2), "vector": (6,), "small": (2, 2)}
-CUTS: dict[str, tuple[int, Cuts]] = {
-    "one process": (1, UNCUT),
-    "rows over two ranks": (2, ROWS),
-    "columns over two ranks": (2, {"matrix": (1, 2), "half": (1, 2), "vector": (2,), "small": (1, 2)}),
-    "whole tensors over two ranks": (2, UNCUT),
+WRITERS: dict[str, tuple[Cuts, int]] = {
+    "one rank": (UNCUT, 1),
+    "rows over two ranks": (ROWS, 2),
+    "columns over two ranks": (COLUMNS, 2),
+    "whole tensors over two ranks": (UNCUT, 2),
+    "six blocks over six ranks": (SIX, 6),
 }
-
-
-READERS = {**CUTS, "six blocks over one rank": (1, SIX), "six blocks over two ranks": (2, SIX)}
+READERS = {"whole": UNCUT, "rows": ROWS, "columns": COLUMNS, "six blocks": SIX}
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("writer", CUTS)
-def test_any_cut_reads_any_other(ranks: Ranks, tmp_path: Path, writer: str, reader: str) -> None:
-    ranks(CUTS[writer][0]).run(write, tmp_path, CUTS[writer][1])
-    world_size, cuts = READERS[reader]
-    found = [entry for rank in ranks(world_size).run(read, tmp_path, cuts) for entry in rank]
-    assert sorted(found) == sorted((name, True) for name, counts in cuts.items() for _ in range(torch.Size(counts).numel()))
+@pytest.mark.parametrize("writer", WRITERS)
+def test_any_cut_reads_any_other(tmp_path: Path, writer: str, reader: str) -> None:
+    write(tmp_path, *WRITERS[writer])
+    blocks = every(READERS[reader], fill=False)
+    opened(tmp_path).read(blocks)
+    for block in blocks:
+        assert torch.equal(block.tensor, part_of(whole(block.name), block)), block.name
 
 
-def test_files_are_plain_safetensors(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_reads_into_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    write(tmp_path, ROWS, 2)
+    target = torch.zeros(12, 8, dtype=dtype)
+    opened(tmp_path).read([Block("matrix", target, (0, 0), (12, 8))])
+    assert torch.equal(target, whole("matrix").to(dtype))
+
+
+def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     """Any tool opens them: one file a rank, each tensor by its name."""
-    ranks(2).run(write, tmp_path, ROWS)
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 2
-    halves = [load_file(file) for file in files]
+    halves = [load_file(tmp_path / name) for name in write(tmp_path, ROWS, 2)]
     for name in SHAPES:
         assert torch.equal(torch.cat([half[name] for half in halves]), whole(name))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+def test_pytorchs_distributed_checkpoint_reads_them(tmp_path: Path, writer: str) -> None:
+    write(tmp_path, *WRITERS[writer])
+    state = {name: torch.full_like(whole(name), torch.nan) for name in SHAPES}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, whole(name)), name
+
+
+def test_reads_what_the_safetensors_library_writes(tmp_path: Path) -> None:
+    save_file({name: whole(name) for name in SHAPES}, tmp_path / "model.safetensors")
+    held = opened(tmp_path)
+    assert {place.name: held.whole(place).tolist() for place in held} == {name: whole(name).tolist() for name in SHAPES}
+
+
+def test_digest_is_of_the_file(tmp_path: Path) -> None:
+    """Larger than what is hashed at once."""
+    tensor = torch.arange(5 << 20, dtype=torch.float32)
+    digest = write_blocks(tmp_path / "a", [Block("large", tensor, (0,), tuple(tensor.shape)), *pieces("half", (1, 1), fill=True)])
+    assert digest == Digest.of((tmp_path / "a").read_bytes())
+    assert torch.equal(load_file(tmp_path / "a")["large"], tensor)
 
 
 def test_two_blocks_of_a_tensor_in_one_file_are_refused(tmp_path: Path) -> None:
     """A safetensors file holds one tensor of a name: the second block would take the first one's place."""
     with pytest.raises(AssertionError, match="keep only the last"):
-        write(RankContext(0, 1), tmp_path, ROWS)
+        write(tmp_path, ROWS, 1)
+
+
+def test_a_writer_takes_what_it_was_told(tmp_path: Path) -> None:
+    place = Place("matrix", (2, 2), torch.float32, (0, 0), (2, 2))
+    with pytest.raises(AssertionError, match="matrix is not what the header says"):
+        ShardWriter(tmp_path / "a", [place]).append(torch.zeros(2, 3))
+    with pytest.raises(AssertionError, match="never came"):
+        ShardWriter(tmp_path / "b", [place]).close()
 
 
 @dataclass(frozen=True)
@@ -118,110 +154,79 @@ REFUSALS: dict[str, Refusal] = {
 }
 
 
-def refused(ranks: RankContext, folder: Path, blocks: Sequence[Block]) -> str:
-    with pytest.raises(BadInputError) as caught:
-        read_blocks(folder, blocks)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_is_not_there_is_refused_by_name(ranks: Ranks, tmp_path: Path, name: str, world_size: int) -> None:
-    ranks(world_size).run(write, tmp_path, UNCUT)
-    refusal = REFUSALS[name]
-    for message in ranks(world_size).run(refused, tmp_path, [*pieces("half", (1, 1), fill=False), refusal.block]):
-        assert str(tmp_path) in message
-        for part in refusal.says:
-            assert part in message
+def test_what_is_not_there_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path, UNCUT, 1)
+    with pytest.raises(BadInputError) as caught:
+        opened(tmp_path).read([*pieces("half", (1, 1), fill=False), REFUSALS[name].block])
+    for part in (str(tmp_path), *REFUSALS[name].says):
+        assert part in str(caught.value)
 
 
-def one_rank_refused(ranks: RankContext, folder: Path) -> str:
-    return refused(ranks, folder, [REFUSALS["no such tensor"].block] if ranks.rank == 1 else pieces("matrix", (1, 1), fill=False))
+def test_a_lost_file_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / write(tmp_path, ROWS, 2)[1]).unlink()
+    with pytest.raises(BadInputError, match="matrix"):
+        opened(tmp_path).read(pieces("matrix", (1, 1), fill=False))
 
 
-def test_all_ranks_hear_of_what_one_misses(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(2).run(write, tmp_path, UNCUT)
-    for message in ranks(2).run(one_rank_refused, tmp_path):
-        assert "does not hold other" in message
+class Bomb:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.trace,)
 
 
-def test_a_lost_file_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(2).run(write, tmp_path, ROWS)
-    sorted(tmp_path.iterdir())[1].unlink()
-    message = ranks(1).run(refused, tmp_path, pieces("matrix", (1, 1), fill=False))[0]
-    assert "matrix" in message
+def header(entries: object) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
-def test_without_a_process_group(tmp_path: Path) -> None:
-    """Tools read checkpoints in a process that has joined no world."""
-    assert not dist.is_initialized()
-    alone = RankContext(0, 1)
-    write(alone, tmp_path, UNCUT)
-    assert all(right for _, right in read(alone, tmp_path, SIX))
-    assert "absent" in refused(alone, tmp_path, [REFUSALS["no such tensor"].block])
+def tensor_entry(**changed: object) -> dict[str, object]:
+    return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changed}}
 
 
-def save(ranks: RankContext, folder: Path, step: int) -> None:
-    with new_checkpoint(folder, step) as path:
-        (path / f"rank{ranks.rank}").write_text(str(step))
-
-
-def fail_half_way(ranks: RankContext, folder: Path, step: int) -> None:
-    with pytest.raises(OSError, match="disk full"), new_checkpoint(folder, step) as path:
-        (path / "half").touch()
-        raise OSError("disk full")
-
-
-def test_a_checkpoint_is_complete_or_not_there(ranks: Ranks, tmp_path: Path) -> None:
-    pool = ranks(2)
-    assert newest(tmp_path) is None
-    pool.run(save, tmp_path, 100)
-    pool.run(fail_half_way, tmp_path, 200)
-    assert (tmp_path / "step_00000200.tmp" / "half").exists()
-    assert [step_of(path) for path in committed(tmp_path)] == [100]
-    assert (tmp_path / "latest").read_text() == "step_00000100\n"
-    pool.run(save, tmp_path, 200)
-    assert [step_of(path) for path in committed(tmp_path)] == [100, 200]
-    assert sorted(path.name for path in (tmp_path / "step_00000200").iterdir()) == ["rank0", "rank1"]
-    assert (tmp_path / "latest").read_text() == "step_00000200\n"
-    assert not list(tmp_path.glob("*.tmp"))
-    pool.run(save, tmp_path, 200)  # saved again after a resume: replaced
-    assert (tmp_path / "step_00000200" / "rank1").read_text() == "200"
-
-
-@pytest.mark.parametrize(("keep", "kept"), [(1, [11]), (2, [9, 11]), (3, [8, 9, 11]), (9, [8, 9, 11])])
-def test_retention_keeps_the_newest(tmp_path: Path, keep: int, kept: list[int]) -> None:
-    for step in (9, 11, 8):
-        save(RankContext(0, 1), tmp_path, step)
-    (tmp_path / "step_00000007.tmp").mkdir()
-    deleted = drop_old(tmp_path, keep)
-    assert [step_of(path) for path in committed(tmp_path)] == kept
-    assert len(deleted) == 3 - len(kept) and not any(path.exists() for path in deleted)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["step_00000007.tmp"]
-
-
-# What the user names, below the run's folder -> the checkpoint that is meant.
-NAMED = {
-    "": "pretrain/checkpoints/step_00000020",
-    "pretrain": "pretrain/checkpoints/step_00000020",
-    "pretrain/checkpoints": "pretrain/checkpoints/step_00000020",
-    "pretrain/checkpoints/step_00000010": "pretrain/checkpoints/step_00000010",
+MALFORMED: dict[str, bytes] = {
+    "empty": b"",
+    "no header": b"\x01\x02",
+    "header longer than the file": (1 << 40).to_bytes(8, "little") + b"{}",
+    "header is no JSON": header(b"\x80\x04..."),
+    "header is a list": header([1, 2]),
+    "deeply nested": header(b"[" * 100_000),
+    "no such dtype": header(tensor_entry(dtype="OBJECT")) + bytes(8),
+    "more elements than bytes": header(tensor_entry(shape=[3])) + bytes(8),
+    "beyond the end": header(tensor_entry(data_offsets=[8, 16])) + bytes(8),
+    "before the beginning": header(tensor_entry(data_offsets=[-8, 0])) + bytes(8),
+    "negative shape": header(tensor_entry(shape=[-1, -2])) + bytes(8),
+    "outside its tensor": header(
+        {**tensor_entry(), "__metadata__": {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [1], "global_shape": [2]}})}}
+    )
+    + bytes(8),
 }
 
 
-@pytest.mark.parametrize("named", NAMED)
-def test_locate(tmp_path: Path, named: str) -> None:
-    folder = tmp_path / "pretrain" / "checkpoints"
-    for step in (10, 20):
-        save(RankContext(0, 1), folder, step)
-    (folder / "step_00000030.tmp").mkdir()
-    (folder / "step_40").mkdir()
-    (folder / "step_00000050").touch()
-    assert locate(tmp_path / named) == tmp_path / NAMED[named]
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"a\.safetensors is no safetensors file"):
+        opened(tmp_path)
 
 
-@pytest.mark.parametrize("named", ["", "nowhere", "prepare", "prepare/step_00000030.tmp"])
-def test_locate_nothing(tmp_path: Path, named: str) -> None:
-    (tmp_path / "prepare" / "step_00000030.tmp").mkdir(parents=True)
-    with pytest.raises(BadInputError, match="holds no checkpoint: name a run"):
-        locate(tmp_path / named)
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "a.safetensors").write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(DamagedError):
+        opened(tmp_path)
+    assert not trace.exists()
+    pickle.loads((tmp_path / "a.safetensors").read_bytes())
+    assert trace.exists(), "the bomb works"
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    write(tmp_path, UNCUT, 1)
+    held, path = opened(tmp_path), tmp_path / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DamagedError, match="ends before its tensors do"):
+        held.read(every(UNCUT, fill=False))

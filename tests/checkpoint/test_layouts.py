@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from largeformer.config.schema import Recipe
-from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
+from largeformer.training.saving import save_checkpoint
 from tests.distributed import RankContext, RankPool
 from tests.recipes import GPT2
 from tests.training.engines import PP2, TP2_SP, Bench, Tensors, assert_same, bench_of, global_batch, sgd_recipe
@@ -62,7 +63,7 @@ def train_and_save(ranks: RankContext, recipe: Recipe, folder: Path) -> tuple[St
     with bench_of(ranks, recipe) as bench:
         for seed in (1, 2):
             bench.engine.train_step(bench.share(global_batch(recipe, seed)), 1e-2)
-        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=2, samples=16)), "", keep_last=1)
+        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=2, samples=16)), "")
         state = state_of(bench)
         return state, bench.engine.train_step(bench.share(global_batch(recipe, seed=3)), 1e-2).loss
 

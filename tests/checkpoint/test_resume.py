@@ -17,7 +17,8 @@ from largeformer.config.schema import Recipe
 from largeformer.data.loader import Batches
 from largeformer.data.splits import MockSamples
 from largeformer.parallel.device import rng_states
-from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
+from largeformer.training.saving import save_checkpoint
 from largeformer.training.schedule import LearningRateSchedule
 from tests.distributed import RankContext, RankPool
 from tests.recipes import GPT2
@@ -79,7 +80,7 @@ def train(ranks: RankContext, recipe: Recipe, steps: int, folder: Path, resume: 
     with bench_of(ranks, recipe, weights_from=checkpoint) as bench:
         progress = load_training_state(checkpoint, bench.engine).progress if checkpoint else Progress()
         losses, progress = run_steps(bench, progress, steps)
-        save_checkpoint(folder, bench.engine, TrainingState(progress), "", keep_last=1)
+        save_checkpoint(folder, bench.engine, TrainingState(progress), "")
         moments = {kind: bench.moments(kind) for kind in MOMENTS[recipe.optimizer.type]}
         return End(losses, progress, bench.weights(), moments, rng_states())
 

@@ -102,7 +102,7 @@ def bench_of(ranks: RankContext, recipe: Recipe, weights_from: Path | None = Non
     try:
         yield Bench(recipe, engine, shards, groups)
     finally:
-        engine.wrapped.destroy()
+        engine.close()
         destroy_groups()
 
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from largeformer.checkpoint.commit import committed
 from largeformer.config.schema import Recipe
 from largeformer.planning.kernels import libaio_links
-from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, save_checkpoint
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
+from largeformer.training.saving import save_checkpoint
 from tests.distributed import RankContext, RankPool
 from tests.recipes import tiny_recipe
 from tests.training.engines import Tensors, assert_same, bench_of, global_batch
@@ -81,7 +82,7 @@ def train(ranks: RankContext, recipe: Recipe, steps: Sequence[int] = WHOLE, wipe
             losses.append(result.loss)
             norms.append(result.grad_norm)
             evaluations.append(bench.engine.evaluate(batches)[0])
-        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=steps[-1] + 1)), "", keep_last=1)
+        save_checkpoint(folder, bench.engine, TrainingState(Progress(step=steps[-1] + 1)), "")
         return Run(losses, norms, evaluations, bench.weights())
 
 

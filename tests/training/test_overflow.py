@@ -120,6 +120,25 @@ def test_a_skipped_step_leaves_no_trace(ranks: Ranks, layout: str) -> None:
     assert_same(runs[0].moments, smooth[0].moments, 0)
 
 
+def accumulate(ranks: RankContext, recipe: Recipe) -> Tensors:
+    """The gradients of one global batch, on rank 0."""
+    with fp16_on_cpu(), bench_of(ranks, recipe) as bench:
+        bench.engine.accumulate(bench.share(global_batch(recipe)))
+        return bench.gradients()
+
+
+@pytest.mark.parametrize("layout", ["PP2", "PP2 tied"])
+def test_a_pipeline_accumulates_in_float32(ranks: Ranks, layout: str) -> None:
+    """Stages compute what one process computes, digit by digit; only sums of micro batches in fp16 could tell them apart."""
+    world_size, recipe = recipe_at(layout, micro_batch_size=1)
+    alone = recipe.model_copy(update={"parallel": recipe_at("one process")[1].parallel})
+    found, expected = ranks(world_size).run(accumulate, recipe)[0], ranks(1).run(accumulate, alone)[0]
+    if recipe.model.tie_embeddings:  # whose two gradients one process adds in fp16 for each micro batch
+        name = "embedding.word_embeddings.weight"
+        assert_same({name: found.pop(name)}, {name: expected.pop(name)}, 1e-3)
+    assert_same(found, expected, 1e-5)
+
+
 # Scale after each step, in units of the initial one: the second overflow halves it, and so does each one more, until as many
 # good steps as the window (3) have gone by: then the next good one doubles it, and the first overflow is free again.
 SCALES: dict[str, list[float]] = {

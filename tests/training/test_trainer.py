@@ -17,6 +17,7 @@ from largeformer.parallel.batch import Batch
 from largeformer.tracking.jsonl import JsonlTracker
 from largeformer.training.checkpointing import Progress, TrainingState
 from largeformer.training.early_stopping import EarlyStopping
+from largeformer.training.guards import build_guards
 from largeformer.training.metrics import Machine
 from largeformer.training.schedule import LearningRateSchedule
 from largeformer.training.trainer import Training, fit
@@ -98,6 +99,7 @@ def run_fit(
             schedule=LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters),
             early_stopping=stopping,
             tracker=tracker,
+            guards=build_guards(recipe, bench.engine, tracker, folder),
             machine=Machine(flops_per_token=1e6, devices=1, peak_flops=1e12),
             device=torch.device("cpu"),
             validate=lambda: LossTotal(loss_sum=10 * next(found, 1.0), tokens=10, bytes=40),
@@ -147,7 +149,7 @@ TIMETABLES: dict[str, Timetable] = {
     "resumed at exit_iteration": Timetable({"exit_iteration": 3}, 1, 3, [], [], [], "exit requested"),
     "resumed beyond exit_iteration": Timetable({"exit_iteration": 2}, 1, 3, [], [], [], "exit requested"),
     "resumed at the end": Timetable({}, 1, ITERS, [], [], []),
-    "time is up after one step": Timetable({"exit_duration_minutes": 1e-9}, None, 0, [1], [], [1], "exit requested"),
+    "time is up after one step": Timetable({"exit_duration_minutes": 1e-9}, None, 0, [1], [], [1], "stopped"),
     "time enough": Timetable({"exit_duration_minutes": 1e9}, None, 0, [1, 2, 3, 4, 5], [5], [5]),
 }
 

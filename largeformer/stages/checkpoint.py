@@ -1,0 +1,191 @@
+"""Looking at checkpoints without training: list, verify, inspect, and whole tensors out of shards. One process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from largeformer.errors import BadInputError
+
+if TYPE_CHECKING:
+    from largeformer.checkpoint.format import Place, Tensors
+
+GIB = 2**30
+
+
+def show_list(source: Path, as_json: bool) -> int:
+    """One row a checkpoint, the oldest first. Sizes of files are compared, their contents are not."""
+    from largeformer.checkpoint.commit import candidates
+    from largeformer.checkpoint.verify import quick_problems
+
+    rows = [_row(path, quick_problems(path)) for path in reversed(candidates(source))]
+    if as_json:
+        print(json.dumps({"checkpoints": rows}, indent=2))
+        return 0
+    table = Table("step", "samples", "tokens", "val_loss", "GiB", "layout", "files", box=None, pad_edge=False)
+    for row in rows:
+        number = ["-" if row[key] is None else f"{row[key]:,}" for key in ("samples", "tokens")]
+        loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        state = "complete" if not row["problems"] else f"damaged: {row['problems'][0]}"
+        table.add_row(f"{row['step']:,}", *number, loss, f"{row['bytes'] / GIB:.3f}", row["layout"] or "-", state)
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+def verify(source: Path, as_json: bool) -> int:
+    """Read every file of every checkpoint under `source`. Returns 1 where any is damaged."""
+    from largeformer.checkpoint.commit import candidates
+    from largeformer.checkpoint.verify import checkpoint_problems
+
+    found = {path: checkpoint_problems(path) for path in reversed(candidates(source))}
+    if as_json:
+        rows = [{"checkpoint": str(path), "valid": not problems, "problems": problems} for path, problems in found.items()]
+        print(json.dumps({"checkpoints": rows}, indent=2))
+    for path, problems in found.items() if not as_json else ():
+        print(f"{path.name}: {'valid' if not problems else 'DAMAGED'}")
+        for problem in problems:
+            print(f"    {problem}")
+    return 1 if any(found.values()) else 0
+
+
+def inspect(source: Path, as_json: bool) -> int:
+    """What one checkpoint says of itself, and its tensors as its headers describe them."""
+    from largeformer.training.checkpointing import read_state
+
+    path = _valid(source)
+    record = read_state(path)
+    tensors = {part: list(held) for part, held in _parts(path).items()}
+    weights = sum(_count(place) for place in tensors["weights"])
+    if as_json:
+        described = {part: [_described(place) for place in places] for part, places in tensors.items()}
+        print(json.dumps({"checkpoint": str(path), "parameters": weights, **record, "tensors": described}, indent=2))
+        return 0
+    print(f"{path}: {weights:,} parameters")
+    for key in ("layout", "progress", "optimizer", "loss_scaler", "validation", "early_stopping", "wandb_run_id", "versions"):
+        value = record.get(key)
+        shown = "  ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else value
+        print(f"  {key:<15}{shown or '-'}")
+    for name in record["extra"]:
+        print(f"  extra          {name}")
+    for part, places in tensors.items():
+        print(f"  {part}: {len(places)} tensors, {sum(place.nbytes for place in places) / GIB:.3f} GiB")
+        for place in places:
+            print(f"    {place.name:<78} {str(place.dtype).removeprefix('torch.'):<9} {list(place.shape)}")
+    return 0
+
+
+def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> int:
+    """Write the whole tensors into the folder `output`, one in memory at a time. The folder appears when it is complete."""
+    if output.exists():
+        raise BadInputError(f"--output {output} is there already: name a folder that is not, or move it away")
+    path = _valid(source)
+    wanted = _wanted(_parts(path), masters)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        names = _write_shards(temporary, wanted, max_shard_gib * GIB)
+        for text in ("config.yaml", "state.json"):
+            shutil.copyfile(path / text, temporary / text)
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    kind = "float32 masters" if masters else "weights"
+    print(f"{output}: {len(wanted)} tensors ({kind} of {path.name}) in {len(names)} file{'s' if len(names) > 1 else ''}")
+    return 0
+
+
+def _valid(source: Path) -> Path:
+    from largeformer.checkpoint.verify import find
+
+    found = find(source)
+    for refused in found.refused:
+        Console(stderr=True, soft_wrap=True).print(f"{refused}; using {found.checkpoint.name} instead", highlight=False)
+    return found.checkpoint
+
+
+def _parts(path: Path) -> dict[str, Tensors]:
+    from largeformer.training.checkpointing import open_tensors
+    from largeformer.training.state import OPTIMIZER, WEIGHTS
+
+    return {part: open_tensors(path, part) for part in (WEIGHTS, OPTIMIZER)}
+
+
+def _wanted(parts: dict[str, Tensors], masters: bool) -> list[tuple[str, Place, Tensors]]:
+    """(name, stored tensor, where it is stored), largest dtype first. Float32 weights are their own masters."""
+    stored = {
+        place.name.removeprefix("master."): (place, parts["optimizer"]) for place in parts["optimizer"] if place.name.startswith("master.")
+    }
+    weights = {place.name: (place, parts["weights"]) for place in parts["weights"]}
+    chosen = {**weights, **stored} if masters else weights
+    return sorted(((name, *entry) for name, entry in chosen.items()), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
+
+
+def _write_shards(folder: Path, wanted: list[tuple[str, Place, Tensors]], max_bytes: float) -> list[str]:
+    """`model.safetensors`, or numbered files and the index that says which tensor is where. Returns the files' names."""
+    from dataclasses import replace
+
+    from largeformer.checkpoint.format import ShardWriter
+
+    shards: list[list[tuple[str, Place, Tensors]]] = [[]]
+    size = 0
+    for entry in wanted:
+        if shards[-1] and size + entry[1].nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry[1].nbytes
+    total = len(shards)
+    names = ["model.safetensors"] if total == 1 else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        writer = ShardWriter(folder / name, [replace(place, name=key) for key, place, _ in shard])
+        for _, place, held in shard:
+            writer.append(held.whole(place))
+        writer.close()
+    if total > 1:
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
+        index: dict[str, Any] = {"metadata": {"total_size": sum(place.nbytes for _, place, _ in wanted)}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def _row(path: Path, problems: list[str]) -> dict[str, Any]:
+    from largeformer.checkpoint.commit import step_of
+    from largeformer.checkpoint.manifest import DamagedError, read_manifest
+    from largeformer.training.checkpointing import read_state
+
+    row: dict[str, Any] = {
+        "step": step_of(path),
+        "checkpoint": str(path),
+        "samples": None,
+        "tokens": None,
+        "val_loss": None,
+        "layout": None,
+    }
+    try:
+        size = sum(digest.size for digest in read_manifest(path).values())
+    except DamagedError:
+        size = 0
+    try:
+        record = read_state(path)
+        layout = record["layout"]
+        row |= {"samples": record["progress"]["samples"], "tokens": record["progress"]["tokens"]}
+        row |= {"val_loss": record["validation"].get("val_loss")}
+        row |= {"layout": f"TP{layout['tensor']} PP{layout['pipeline']} on {layout['world_size']}"}
+    except (BadInputError, KeyError, TypeError, AttributeError):
+        problems = problems or [f"{path / 'state.json'} cannot be read"]
+    return {**row, "bytes": size, "problems": problems}
+
+
+def _described(place: Place) -> dict[str, Any]:
+    return {"name": place.name, "dtype": str(place.dtype).removeprefix("torch."), "shape": list(place.shape)}
+
+
+def _count(place: Place) -> int:
+    return place.nbytes // place.dtype.itemsize
