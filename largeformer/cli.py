@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from largeformer import __version__
-from largeformer.commands import checkpoint, checks, stages, tracking
+from largeformer.commands import checkpoint, checks, plan, stages, tracking
 from largeformer.commands.arguments import DONE, exit_code, speaks_for_all
 from largeformer.errors import BadInputError
 from largeformer.training.signals import EXIT_CODE as STOPPED
@@ -59,6 +59,7 @@ def options(
 for command in (stages.prepare, stages.pretrain, stages.evaluate, stages.generate, checks.parity, checks.bench, checks.doctor):
     app.command()(command)
 app.command("run")(stages.run_stages)
+app.command("plan")(plan.plan)
 app.add_typer(checkpoint.commands, name="checkpoint")
 app.command()(tracking.report)
 app.command()(tracking.sync)

@@ -14,6 +14,7 @@ from pydantic import Field
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.guards import GuardsConfig
+from largeformer.config.plan import PlanConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
@@ -169,6 +170,7 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
     generate: GenerateConfig = GenerateConfig()
     guards: GuardsConfig = GuardsConfig()
+    plan: PlanConfig = PlanConfig()
 
     @property
     def padded_vocab_size(self) -> int:
