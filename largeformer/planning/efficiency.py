@@ -13,9 +13,10 @@ from largeformer.planning.hardware import Cluster
 
 @dataclass(frozen=True)
 class Efficiency:
-    """matmul: share of the peak that large matrix products reach; attention: the same for fused causal attention, forward and
-    backward together (not fitted: Dao 2023, arXiv:2307.08691, section 4); memory: share of the memory bandwidth that elementwise work reaches; link: share of a link's bandwidth that
-    a collective reaches; launch_s: the least time of a layer's forward, which its kernels take to start; latency_s: of a message."""
+    """matmul: share of the peak that large matrix products reach. attention: the same for fused causal attention, forward and
+    backward together (not fitted: Dao 2023, arXiv:2307.08691, section 4). memory: share of the memory bandwidth that elementwise
+    work reaches. link: share of a link's bandwidth that a collective reaches. launch_s: the least time of a layer's forward, which
+    its kernels take to start. latency_s: of a message."""
 
     matmul: float
     attention: float
