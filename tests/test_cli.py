@@ -40,7 +40,12 @@ def ranked(rank: int, world_size: int = 2) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-LIGHT = {"help": ["--help"], "help of a stage": ["pretrain", "--help"], "dry run": ["pretrain", "-c", "quickstart", "--dry-run"]}
+LIGHT = {
+    "plan": ["plan", "-c", "quickstart", "--gpu", "cpu"],
+    "help": ["--help"],
+    "help of a stage": ["pretrain", "--help"],
+    "dry run": ["pretrain", "-c", "quickstart", "--dry-run"],
+}
 
 
 @pytest.mark.parametrize("arguments", LIGHT.values(), ids=LIGHT)
@@ -55,7 +60,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
 
 def test_help_names_every_stage() -> None:
     text = run("--help").stdout
-    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor", "report", "sync"):
+    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor", "plan", "report", "sync"):
         assert f" {stage} " in text
 
 
