@@ -17,6 +17,7 @@ from largeformer.planning.step import Job
 
 _CONTEXT_GIB = 0.8  # of CUDA, its kernels and matrix libraries; not counted by PyTorch's allocator
 _GROUP_GIB = 0.2  # of NCCL for each kind of group that is larger than one rank
+_CPU_LIBRARIES_GIB = 0.7  # of the process itself: PyTorch, Megatron-core, DeepSpeed
 _FRAGMENTATION = 0.05  # of what comes and goes: blocks that the allocator holds and cannot use
 
 
@@ -113,7 +114,7 @@ def _logits(job: Job, stage: Inventory) -> int:
 
 def _libraries(job: Job) -> int:
     if job.cluster.gpu.family == "cpu":
-        return round(0.5 * GIB)
+        return round(_CPU_LIBRARIES_GIB * GIB)
     layout = job.layout
     groups = sum(degree > 1 for degree in (layout.tensor, layout.pipeline, layout.data))
     return round((_CONTEXT_GIB + groups * _GROUP_GIB) * GIB)

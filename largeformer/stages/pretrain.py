@@ -14,6 +14,7 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.stages import interruptions, prepare
 from largeformer.stages.claim import claim
+from largeformer.stages.planned import plan_errors, planned_columns
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def _machine(recipe: Recipe, world: World) -> Machine:
 
     per_token = flops_per_token(recipe.model, recipe.tokenizer.vocab_size)
     peak = world.from_main(lambda: peak_flops(recipe.train.precision, world.device))
-    return Machine(per_token, world.info.world_size, peak)
+    return Machine(per_token, world.info.world_size, peak, planned_columns(recipe, world, peak))
 
 
 def _finish(recipe: Recipe, world: World, prepared: Artifact, folder: Path, training: Training, outcome: Outcome) -> Artifact:
@@ -247,6 +248,7 @@ def _finish(recipe: Recipe, world: World, prepared: Artifact, folder: Path, trai
             "tokens": training.progress.tokens,
             "val_loss": total.loss,
             "val_bits_per_byte": total.bits_per_byte,
+            **world.from_main(lambda: plan_errors(folder / "metrics.jsonl")),
         },
         versions=library_versions(LIBRARIES),
     )

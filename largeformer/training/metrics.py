@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,13 @@ class Machine:
     """What turns tokens per second into FLOP/s and MFU.
 
     flops_per_token: of a training step of the whole model; devices: ranks that share this work; peak_flops: FLOP/s of one
-    device at the run's precision, None where unknown.
+    device at the run's precision, None where unknown; planned: columns that every row ends with, what a plan predicted.
     """
 
     flops_per_token: float
     devices: int
     peak_flops: float | None = None
+    planned: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class StepMetrics:
             "tflops_per_device": flops_per_device / 1e12,
             "mfu": flops_per_device / machine.peak_flops if machine.peak_flops else None,
             "memory_gib": self.memory_gib,
+            **machine.planned,
         }
 
 
