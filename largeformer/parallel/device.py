@@ -47,7 +47,8 @@ def machine_problems(precision: str, local_rank: int) -> list[str]:
 
 
 def seed_ranks(seed: int, tensor: int, data: int, pipeline: int) -> None:
-    """Seed dropout: alike over tensor-parallel ranks outside their regions, different inside, and over data and pipeline.
+    """Seed dropout, and Python's and NumPy's generators with it: alike over tensor-parallel ranks outside their regions, different
+    inside, and over data and pipeline.
 
     Arguments are the recipe's seed and the rank's coordinates. (Megatron's scheme: one tracked state beside the default.)
     """
@@ -55,6 +56,8 @@ def seed_ranks(seed: int, tensor: int, data: int, pipeline: int) -> None:
 
     shared = seed + 100_003 * pipeline + 1_009 * data
     torch.manual_seed(shared)
+    random.seed(shared)
+    np.random.seed(shared % 2**32)
     tracker = get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(_TRACKED, shared + 2718 + tensor)

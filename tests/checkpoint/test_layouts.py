@@ -1,13 +1,14 @@
 """A checkpoint of any layout is read at any other: masters and moments to the last digit, and training goes on alike.
 
-The vocabulary is padded differently at one process and at TP2, and the embedding is tied.
+The model has what is cut in its own way: queries, keys and values of grouped heads in one matrix, SwiGLU's two halves in another, a tied
+embedding, and a vocabulary that is padded differently at one process and at TP2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,23 @@ from largeformer.config.schema import Recipe
 from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
 from largeformer.training.saving import save_checkpoint
 from tests.distributed import RankContext, RankPool
-from tests.recipes import GPT2
 from tests.training.engines import PP2, TP2_SP, Bench, Tensors, assert_same, bench_of, global_batch, sgd_recipe
 
 Ranks = Callable[[int], RankPool]
 
 # world size, parallel section, DeepSpeed config
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
-    "one process": (1, {}, "zero1"),
-    "TP2 SP, ZeRO 0": (2, TP2_SP, "zero0"),
+    "one process": (1, {}, "zero0"),
+    "TP2": (2, TP2_SP, "zero0"),
     "PP2": (2, PP2, "zero1"),
-    "DP2, ZeRO 3": (2, {}, "zero3"),
+    "DP2 ZeRO 1": (2, {}, "zero1"),
+    "DP2 ZeRO 3": (2, {}, "zero3"),
+    "TP2 x PP2": (4, {**TP2_SP, **PP2}, "zero1"),
+}
+MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "PP2, 2 virtual stages": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}, "zero1"),
+    "DP2 ZeRO 2, offloaded": (2, {}, "zero2_offload_cpu"),
+    "DP2 ZeRO 3, offloaded": (2, {}, "zero3_offload_cpu"),
 }
 
 
@@ -42,9 +49,9 @@ class State:
 
 
 def recipe_at(layout: str, precision: str) -> tuple[int, Recipe]:
-    world_size, parallel, zero = LAYOUTS[layout]
+    world_size, parallel, zero = {**LAYOUTS, **MORE_LAYOUTS}[layout]
     recipe = sgd_recipe(
-        model={**GPT2, "num_layers": 2, "init_method_std": 0.1, "make_vocab_size_divisible_by": 20},
+        model={"num_layers": 4, "tie_embeddings": True, "init_method_std": 0.1, "make_vocab_size_divisible_by": 20},
         parallel=parallel,
         train={"precision": precision, "micro_batch_size": 2},
         optimizer={"type": "adamw", "lr": 1e-2, "weight_decay": 0.1, "clip_grad": 1.0},
@@ -91,7 +98,23 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return checkpoint
 
 
-PAIRS = [(*pair, "fp32") for pair in permutations(LAYOUTS, 2)] + [("PP2", "DP2, ZeRO 3", "bf16"), ("DP2, ZeRO 3", "TP2 SP, ZeRO 0", "bf16")]
+# Every layout is written and read by default; the table of all pairs is slow.
+QUICK = [
+    ("PP2", "TP2 x PP2", "fp32"),
+    ("TP2 x PP2", "DP2 ZeRO 3", "fp32"),
+    ("TP2", "PP2", "fp32"),
+    ("DP2 ZeRO 3", "TP2", "fp32"),
+    ("PP2, 2 virtual stages", "DP2 ZeRO 3, offloaded", "fp32"),
+    ("DP2 ZeRO 2, offloaded", "PP2, 2 virtual stages", "fp32"),
+    ("one process", "DP2 ZeRO 1", "fp32"),
+    ("DP2 ZeRO 1", "one process", "fp32"),
+    ("PP2", "DP2 ZeRO 3", "bf16"),
+    ("DP2 ZeRO 3", "TP2", "bf16"),
+]
+ALL = [(source, target, "fp32") for source, target in product(LAYOUTS, repeat=2)]
+ALL += [pair for more in MORE_LAYOUTS for other in ("TP2", "DP2 ZeRO 3") for pair in ((more, other, "fp32"), (other, more, "fp32"))]
+ALL += [(source, target, "bf16") for source, target in permutations(("TP2", "PP2", "DP2 ZeRO 3"), 2)]
+PAIRS = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL if pair not in QUICK)]
 
 
 @pytest.mark.parametrize(("source", "target", "precision"), PAIRS)
@@ -105,9 +128,9 @@ def test_loads_at_another_layout(
     assert_same(after.masters, before.masters, 0)
     for kind, moments in before.moments.items():
         assert_same(after.moments[kind], moments, 0)
-    assert loss == pytest.approx(next_loss, rel=1e-6 if precision == "fp32" else 1e-2)
-    assert {tuple(tensor.shape) for tensor in before.masters.values()} >= {(250, 64), (32, 64)}, "without the padding"
-    if target.startswith("TP2"):
+    assert loss == pytest.approx(next_loss, rel=2e-6 if precision == "fp32" else 1e-2)
+    assert before.masters["embedding.word_embeddings.weight"].shape == (250, 64), "without the padding"
+    if target == "TP2":
         assert torch.equal(loaded[0][0].random, loaded[1][0].random), "tensor-parallel ranks must drop the same"
     if target.startswith("DP2"):
         assert not torch.equal(loaded[0][0].random, loaded[1][0].random), "data-parallel ranks must not"

@@ -1,24 +1,28 @@
 """2 N steps in one run against N steps, a checkpoint, everything built anew, and N more: the same digits, in fp32 on the CPU.
 
-Dropout is on and the data are shuffled, so that the random states and the place in the data count too.
+Dropout is on and the data are shuffled, so that the random states and the place in the data count too. Every step is saved.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from largeformer.checkpoint.commit import committed
+from largeformer.checkpoint.verify import find
+from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.schema import Recipe
 from largeformer.data.loader import Batches
 from largeformer.data.splits import MockSamples
 from largeformer.parallel.device import rng_states
+from largeformer.tracking.tracker import FanOut
 from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
-from largeformer.training.saving import save_checkpoint
+from largeformer.training.saving import Checkpoints, retention_policy
 from largeformer.training.schedule import LearningRateSchedule
 from tests.distributed import RankContext, RankPool
 from tests.recipes import GPT2
@@ -56,6 +60,8 @@ class End:
     """What a run ends with, on this rank; the tensors are gathered on rank 0."""
 
     losses: list[float]
+    samples: list[tuple[int, ...]]
+    draws: list[float]
     progress: Progress
     weights: Tensors
     moments: dict[str, Tensors]
@@ -75,17 +81,21 @@ def recipe_of(case: str) -> tuple[int, Recipe]:
 
 
 def train(ranks: RankContext, recipe: Recipe, steps: int, folder: Path, resume: bool) -> End:
-    """`steps` steps, from the start or from the checkpoint in `folder`; then a checkpoint there."""
-    checkpoint = committed(folder)[-1] if resume else None
+    """`steps` steps, from the start or from the newest checkpoint in `folder`, each saved there."""
+    checkpoint = find(folder).checkpoint if resume else None
     with bench_of(ranks, recipe, weights_from=checkpoint) as bench:
         progress = load_training_state(checkpoint, bench.engine).progress if checkpoint else Progress()
-        losses, progress = run_steps(bench, progress, steps)
-        save_checkpoint(folder, bench.engine, TrainingState(progress), "")
+        checkpoints = Checkpoints(folder, bench.engine, FanOut(), "", recipe.checkpoint, retention_policy(recipe))
+        losses, samples, draws, progress = run_steps(bench, progress, steps, checkpoints)
+        checkpoints.finish()
         moments = {kind: bench.moments(kind) for kind in MOMENTS[recipe.optimizer.type]}
-        return End(losses, progress, bench.weights(), moments, rng_states())
+        return End(losses, samples, draws, progress, bench.weights(), moments, rng_states())
 
 
-def run_steps(bench: Bench, progress: Progress, steps: int) -> tuple[list[float], Progress]:
+def run_steps(
+    bench: Bench, progress: Progress, steps: int, checkpoints: Checkpoints
+) -> tuple[list[float], list[tuple[int, ...]], list[float], Progress]:
+    """Losses; ids of this rank's samples by micro batch; what Python and NumPy drew meanwhile."""
     recipe, at = bench.recipe, bench.groups.coordinates
     samples = MockSamples(recipe.model.seq_length, recipe.tokenizer.vocab_size, 8 * 2 * N, (recipe.run.seed,))
     data = Batches(
@@ -97,22 +107,50 @@ def run_steps(bench: Bench, progress: Progress, steps: int) -> tuple[list[float]
         consumed_samples=progress.samples,
     )
     schedule = LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters)
-    losses = []
+    losses, ids, draws = [], [], []
     for _ in range(steps):
-        result = bench.engine.train_step(data.next(), schedule.at(progress.next_optimizer_step))
+        batches = data.next()
+        result = bench.engine.train_step(batches, schedule.at(progress.next_optimizer_step))
         progress = progress.after(result, data.consumed_samples)
         losses.append(result.loss)
-    return losses, progress
+        ids += [batch.sample_ids for batch in batches]
+        draws += [random.gauss(), float(np.random.standard_normal())]
+        checkpoints.poll()
+        checkpoints.save(TrainingState(progress))
+    return losses, ids, draws, progress
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_goes_on_as_if_never_stopped(ranks: Ranks, tmp_path: Path, case: str) -> None:
+BEHIND = ["DP2, ZeRO 1", "DP2, ZeRO 3", "PP2", "TP2", "bf16, PP2 tied"]
+SLOW = {
+    ("one process, SGD", False),
+    ("DP2, ZeRO 1, SGD", False),
+    ("DP2, ZeRO 3, SGD", False),
+    ("ZeRO 1, tied with biases", False),
+    ("bf16", False),
+    ("bf16, DP2, ZeRO 1", False),
+    ("TP2", True),
+    ("bf16, PP2 tied", True),
+}
+RUNS = [*((case, False) for case in CASES), *((case, True) for case in BEHIND)]
+
+
+@pytest.mark.parametrize(
+    ("case", "async_save"),
+    [
+        pytest.param(*run, id=f"{run[0]}{', asynchronous' if run[1] else ''}", marks=[pytest.mark.slow] if run in SLOW else [])
+        for run in RUNS
+    ],
+)
+def test_goes_on_as_if_never_stopped(ranks: Ranks, tmp_path: Path, case: str, async_save: bool) -> None:
     world_size, recipe = recipe_of(case)
+    recipe = recipe.model_copy(update={"checkpoint": CheckpointConfig(async_save=async_save)})
     whole: list[End] = ranks(world_size).run(train, recipe, 2 * N, tmp_path / "whole", False)
     halves: list[list[End]] = [ranks(world_size).run(train, recipe, N, tmp_path / "halves", resume) for resume in (False, True)]
     for rank, expected in enumerate(whole):
         first, second = (half[rank] for half in halves)
         assert first.losses + second.losses == expected.losses
+        assert first.samples + second.samples == expected.samples
+        assert first.draws + second.draws == expected.draws
         assert second.progress == expected.progress
         assert_same(second.random, expected.random, 0)
     assert len(set(whole[0].losses)) == 2 * N
