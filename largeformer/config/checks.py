@@ -5,9 +5,9 @@ Every sentence names every key that it judges: the loader drops a sentence about
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
+from largeformer.config.batches import data_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.rules import schedule_problems
@@ -24,10 +24,10 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_rampup_problems(recipe.train),
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
-        *_split_problems(recipe.data.split),
         *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
         *_retention_problems(recipe),
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
+        *data_problems(recipe),
     ]
 
 
@@ -130,17 +130,6 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
 def _optimizer_problems(optimizer: OptimizerConfig) -> Iterator[str]:
     if optimizer.type == "sgd" and optimizer.backend in ("deepspeed_fused", "deepspeed_cpu"):
         yield f"optimizer.backend {optimizer.backend} has no SGD (optimizer.type sgd): set optimizer.backend to auto or torch"
-
-
-def _split_problems(split: str) -> Iterator[str]:
-    parts = split.split(",")
-    try:
-        weights = [float(part) for part in parts]
-    except ValueError:
-        weights = []
-    right = len(weights) == 3 and all(math.isfinite(weight) and weight >= 0 for weight in weights) and weights[0] > 0
-    if not right:
-        yield f"data.split '{split}' is not three shares for training, validation and test, the first above 0, such as '96,2,2'"
 
 
 def _retention_problems(recipe: Recipe) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from largeformer.config.cleaning import CleaningStep, DeduplicateConfig
+from largeformer.config.sampling import RandomSampling, SamplingConfig
 from largeformer.config.section import Positive, PositiveInt, Section
 
 
@@ -23,20 +24,39 @@ class TokenizerConfig(Section):
 
 
 class SourceConfig(Section):
-    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens."""
+    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens.
+
+    `split`: this source's own shares of train, valid and test instead of `data.split`; "0,1,0" keeps it for validation.
+    """
 
     path: str
     weight: Positive = 1.0
+    split: str | None = None
 
 
 class DataConfig(Section):
+    """Text, and how batches are made of it. `num_workers`: loading processes; 0 is a thread that runs ahead.
+
+    Samples are documents joined and cut, so that one may hold several. `reset_attention_mask`: no attention across them;
+    `reset_position_ids`: learned positions begin anew in each; `eod_mask_loss`: what follows the end of a document does not count.
+    """
+
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(path="python-docs"),)
     split: str = "96,2,2"
     quarantine_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     cleaning: tuple[CleaningStep, ...] = ()
     deduplicate: DeduplicateConfig | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+    sampling: SamplingConfig = RandomSampling()
 
     @property
     def is_mock(self) -> bool:
         return any(source.path == "mock" for source in self.sources)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The shares of train, valid and test of each source."""
+        return tuple(source.split or self.split for source in self.sources)

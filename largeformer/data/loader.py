@@ -1,101 +1,101 @@
 """From samples to batches. `b` micro batch, `s` sequence.
 
 A sample is known by its position in the shuffled order, and each global batch is the next consecutive positions whatever the
-layout: all that a resumed run must know is how many samples were consumed.
+layout: all that a resumed run must know is how many samples were consumed. docs/batches.md says what follows from that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from largeformer.data.splits import Samples, sample_of
+from largeformer.data.packing import Packing
+from largeformer.data.sampling import LossWeighted
+from largeformer.data.splits import Samples, SourceDraws, sample_of
+from largeformer.data.windows import Sample
 from largeformer.parallel.batch import Batch
+
+_PREFETCHED = 8  # micro batches that a thread, or each loading process, is ahead
+_STEPS_AHEAD = 2
+_PLAIN = Packing()
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class _MicroBatches(Dataset[Batch]):
-    """A dataset indexed by micro batch: a sequence of sample ids -> Batch. What a loading process runs."""
+    """A dataset indexed by micro batch: a sequence of sample ids -> Batch. What a loading thread or process runs.
+
+    It stays with NumPy: PyTorch would start a second team of threads for it, which wait by spinning.
+    """
 
     samples: Samples
+    packing: Packing
 
     def __getitem__(self, ids: Sequence[int]) -> Batch:
         rows = [self.samples[i] for i in ids]
-        tokens, labels, loss_mask, position_ids = (
-            torch.stack([row[name] for row in rows]) for name in ("tokens", "labels", "loss_mask", "position_ids")
-        )
-        return Batch(tokens, labels, loss_mask, position_ids, tuple(ids))
+        tokens, labels, loss_mask = (np.stack([row[name] for row in rows]) for name in ("tokens", "labels", "loss_mask"))
+        sources = np.array([row["dataset_id"] for row in rows], dtype=np.int64) if "dataset_id" in rows[0] else None
+        return self.packing.batch(tokens, labels, loss_mask, tuple(ids), sources)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which samples this rank loads: one tuple of ids a micro batch, from `start` to the last whole global batch.
+class Reading:
+    """How a data-parallel rank reads its part of each global batch, and which part that is.
 
-    Micro batch m of data rank d holds the ids from start + m (b x data_size) + d b: a global batch is the same consecutive
-    ids whatever the layout.
+    num_workers: loading processes; 0 is a thread. They run ahead, and change neither order nor content.
+    device: where batches will go. For a GPU they are made in page-locked memory.
     """
 
     micro_batch_size: int
-    data_rank: int
-    data_size: int
+    data_rank: int = 0
+    data_size: int = 1
+    packing: Packing = _PLAIN
+    device: torch.device = _CPU
+    num_workers: int = 0
+
+    def micro_batches(self, global_batch: Sequence[int]) -> list[tuple[int, ...]]:
+        """The ids of this rank's micro batches, out of those of all ranks in their order: micro batch m of rank d is the places
+        m (b x data_size) + d b and on."""
+        b, step = self.micro_batch_size, self.micro_batch_size * self.data_size
+        size = len(global_batch)
+        assert size > 0 and size % step == 0, f"global batch {size} is not a multiple of micro batch x data parallel = {step}"
+        return [tuple(global_batch[first : first + b]) for first in range(self.data_rank * b, size, step)]
+
+
+@dataclass(frozen=True)
+class _Consecutive:
+    """A rank's micro batches from sample `start` to the last whole global batch: each of those is the next consecutive ids."""
+
+    reading: Reading
     start: int
     stop: int
     global_batch_size: Callable[[int], int]
 
-    def count(self, consumed: int) -> int:
-        """Micro batches of this rank in the global batch that begins at sample `consumed`."""
-        size, step = self.global_batch_size(consumed), self.micro_batch_size * self.data_size
-        assert size > 0 and size % step == 0, f"global batch {size} is not a multiple of micro batch x data parallel = {step}"
-        return size // step
-
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        consumed, step = self.start, self.micro_batch_size * self.data_size
-        while consumed + self.global_batch_size(consumed) <= self.stop:
-            count = self.count(consumed)
-            first = consumed + self.data_rank * self.micro_batch_size
-            for micro in range(count):
-                begin = first + micro * step
-                yield tuple(range(begin, begin + self.micro_batch_size))
-            consumed += count * step
+        consumed = self.start
+        while consumed + (size := self.global_batch_size(consumed)) <= self.stop:
+            yield from self.reading.micro_batches(range(consumed, consumed + size))
+            consumed += size
 
 
 class Batches:
     """This data-parallel rank's share of one global batch after another, from `consumed_samples` on.
 
     batch_sizes: samples already consumed -> size of the next global batch (constant, or a ramp-up).
-    num_workers: loading processes; they run ahead, and change neither order nor content.
     """
 
-    def __init__(
-        self,
-        dataset: Samples,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        *,
-        batch_sizes: Callable[[int], int],
-        consumed_samples: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        assert 0 <= data_rank < data_size
-        self._plan = _Plan(micro_batch_size, data_rank, data_size, consumed_samples, len(dataset), batch_sizes)
+    def __init__(self, dataset: Samples, batch_sizes: Callable[[int], int], reading: Reading, consumed_samples: int = 0) -> None:
+        self._reading, self._size_of, self._stop = reading, batch_sizes, len(dataset)
         self._consumed = consumed_samples
-        loader = DataLoader(
-            _MicroBatches(dataset),
-            sampler=self._plan,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None,
-            collate_fn=_unchanged,  # type: ignore[arg-type]
-            # Its own generator: else the loader draws a seed from torch's, and a resumed run would see other dropout.
-            generator=torch.Generator(),
-        )
-        self._loaded = iter(loader)
+        plan, load = _Consecutive(reading, consumed_samples, self._stop, batch_sizes), _MicroBatches(dataset, reading.packing)
+        self._loaded = _in_processes(load, plan) if reading.num_workers else _in_a_thread(load, plan)
 
     @property
     def consumed_samples(self) -> int:
@@ -103,20 +103,91 @@ class Batches:
         return self._consumed
 
     def next(self) -> list[Batch]:
-        """This rank's micro batches of the next global batch. Raises IndexError where the dataset has no whole one left."""
-        count = self._plan.count(self._consumed)
+        """This rank's micro batches of the next global batch. Raises IndexError where the dataset has no whole one left, RuntimeError
+        where a loading process died."""
+        size = self._size_of(self._consumed)
+        count = len(self._reading.micro_batches(range(size)))
         batches = list(islice(self._loaded, count))
         if len(batches) < count:
-            raise IndexError(f"the dataset holds {self._plan.stop} samples, {self._consumed} are consumed: no whole global batch is left")
-        self._consumed += count * self._plan.micro_batch_size * self._plan.data_size
+            raise IndexError(f"the dataset holds {self._stop} samples, {self._consumed} are consumed: no whole global batch is left")
+        self._consumed += size
         return batches
 
 
-def fixed_batches(
-    dataset: Samples, iterations: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
-) -> Iterator[list[Batch]]:
+class SourceBatches:
+    """The same where the sources' shares follow the losses, always in a thread: it loads ahead up to the next change of shares.
+
+    order: it stands at `consumed_samples`, and is told of each batch's losses before the next but `_STEPS_AHEAD`.
+    """
+
+    def __init__(
+        self, dataset: SourceDraws, order: LossWeighted, batch_sizes: Callable[[int], int], reading: Reading, consumed_samples: int = 0
+    ) -> None:
+        self._dataset, self._order, self._size_of, self._reading = dataset, order, batch_sizes, reading
+        self._load, self._thread = _on(reading.device, _MicroBatches(dataset, reading.packing)), _thread(reading.device)
+        self._consumed = self._planned = consumed_samples
+        self._steps: deque[tuple[int, list[Future[Batch]]]] = deque()
+
+    @property
+    def consumed_samples(self) -> int:
+        return self._consumed
+
+    def next(self) -> list[Batch]:
+        while self._order.may_draw and len(self._steps) < _STEPS_AHEAD:
+            size = self._size_of(self._planned)
+            ids = [self._dataset.sample_id(source, place) for source, place in self._order.draw(size)]
+            self._steps.append((size, [self._thread.submit(self._load, one) for one in self._reading.micro_batches(ids)]))
+            self._planned += size
+        size, loading = self._steps.popleft()
+        batches = [one.result() for one in loading]
+        self._consumed += size
+        return batches
+
+
+def _in_a_thread(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
+    """Loads a few micro batches ahead. The thread ends with the iterator."""
+    device = plan.reading.device
+    thread, make, ids = _thread(device), _on(device, load), iter(plan)
+    loading = deque(thread.submit(make, one) for one in islice(ids, _PREFETCHED))
+    while loading:
+        batch = loading.popleft()
+        loading.extend(thread.submit(make, one) for one in islice(ids, 1))
+        yield batch.result()
+
+
+def _in_processes(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
+    loader = DataLoader(
+        load,
+        sampler=plan,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=plan.reading.num_workers,
+        prefetch_factor=_PREFETCHED,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
+        pin_memory=plan.reading.device.type == "cuda",
+        # Its own generator: else the loader draws a seed from torch's, and a resumed run would see other dropout.
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(f"a loading process died ({error}): is memory short? data.num_workers 0 reads in a thread") from error
+
+
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    # A new thread stands on the first GPU, and would take memory there.
+    choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+    return ThreadPoolExecutor(1, "loader", *choose)
+
+
+def _on(device: torch.device, load: _MicroBatches) -> Callable[[Sequence[int]], Batch]:
+    return (lambda ids: load[ids].pin_memory()) if device.type == "cuda" else load.__getitem__
+
+
+def fixed_batches(dataset: Samples, iterations: int, global_batch_size: int, reading: Reading) -> Iterator[list[Batch]]:
     """This rank's share of the first `iterations` global batches: the same ones at each call, for validation during training."""
-    batches = Batches(dataset, micro_batch_size, data_rank, data_size, batch_sizes=lambda _: global_batch_size)
+    batches = Batches(dataset, lambda _: global_batch_size, replace(reading, num_workers=0))
     return (batches.next() for _ in range(iterations))
 
 
@@ -136,7 +207,7 @@ class _Windows:
         windows = sum(-(-len(stream) // self.seq_length) for stream in self.streams)
         return -(-windows // self.multiple) * self.multiple
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Sample:
         for stream in self.streams:
             windows = -(-len(stream) // self.seq_length)
             if index < windows:
@@ -149,17 +220,16 @@ class _Windows:
         return sample_of(nothing, nothing, self.seq_length)
 
 
-def evaluation_windows(
-    streams: Sequence[np.ndarray], seq_length: int, micro_batch_size: int, data_rank: int = 0, data_size: int = 1, *, eod: int
-) -> Iterator[Batch]:
+def evaluation_windows(streams: Sequence[np.ndarray], seq_length: int, reading: Reading, eod: int) -> Iterator[Batch]:
     """This data-parallel rank's part of the windows over `streams`: over all ranks every id is predicted exactly once.
 
-    All ranks get equally many batches of one shape, int64[b, s], so that they stay in step; what fills up is masked.
+    All ranks get equally many batches of one shape, int64[b, s], so that they stay in step; what fills up is masked. Documents are
+    told apart as in training; each of their ids counts all the same, since text is measured and not chosen.
     """
-    step = micro_batch_size * data_size
+    step = reading.micro_batch_size * reading.data_size
     windows = _Windows(streams, seq_length, eod, multiple=step)
-    load = _MicroBatches(windows)
-    return (load[ids] for ids in _Plan(micro_batch_size, data_rank, data_size, 0, len(windows), lambda _: step))
+    load = _MicroBatches(windows, replace(reading.packing, eod_mask_loss=False))
+    return (load[ids] for ids in _Consecutive(reading, 0, len(windows), lambda _: step))
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -1,12 +1,12 @@
 """From indexed files to train, valid and test samples. `s` sequence.
 
     IndexedDataset (.bin/.idx)      documents of one source
-      -> GPTDataset                 one split of it: documents shuffled and joined, cut every s tokens, the samples shuffled
+      -> Windows                    one split of it: documents shuffled and joined, cut every s tokens; in which order
       -> BlendedDataset             the sources in their weights, where there are several
 
-The order of samples depends on the seed, the data, s and the number of samples asked for; never on the layout. This is what
-Megatron-core's own builder makes, with three differences: it needs no process group; a split in which a source has no document
-is noticed, not waited for; index files on disk are complete or not there.
+The order of samples depends on the seed, the data, s and the number of samples asked for; never on the layout. Within one epoch
+this is what Megatron-core's own builder makes, with three differences: it needs no process group; a split in which a source has
+no document is noticed, not waited for; index files on disk are complete or not there.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
 from largeformer.artifact import identity_hash
 from largeformer.config.data import DataConfig
-from largeformer.data.indexed import SPLITS, SplitName, bin_path, open_indexed, parse_split, split_documents, split_tokens
+from largeformer.config.sampling import CurriculumSampling, LossSampling, TemperatureSampling
+from largeformer.data.difficulty import order_windows
+from largeformer.data.indexed import SPLITS, SplitName, bin_path, open_indexed, split_documents, split_tokens
+from largeformer.data.sampling import temperature_shares
 from largeformer.data.tokenizer import MockTokenizer, Tokenizer
+from largeformer.data.windows import Sample, Windows
 from largeformer.errors import BadInputError
 
 logger = logging.getLogger(__name__)
@@ -42,11 +45,12 @@ _POLL_S = 0.2
 
 
 class Samples(Protocol):
-    """What a batch is made of: `samples[i]` holds `tokens`, `labels`, `position_ids` (int64[s]) and `loss_mask` (float32[s])."""
+    """What a batch is made of: `samples[i]` holds `tokens`, `labels` (int64[s]), `loss_mask` (float32[s]), and the number of its
+    source as `dataset_id` where there are several."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def build_splits(
     cache_dir: Path,
     mock: bool = False,
 ) -> Splits:
-    """At least `samples` samples of train, valid and test, from indexed files and their weights (or random tokens).
+    """At least `samples` samples of train, valid and test, from the sources' indexed files and weights (or random tokens).
 
     Works without a process group. With one, every rank must call it: global rank 0 builds the index files below `cache_dir`, which
     all ranks must see, and the others wait. Raises BadInputError where a split that is asked for holds no document.
@@ -77,14 +81,14 @@ def build_splits(
         random = [MockSamples(seq_length, tokenizer.vocab_size, count, (seed, i)) if count else None for i, count in enumerate(samples)]
         return Splits(*random)
     sources = [(open_indexed(path, tokenizer.vocab_size), weight) for path, weight in prefixes]
-    parts = _parts(data.split, sources, samples)
+    parts = _parts(data.splits, sources, samples)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         blend=([path.name for path, _ in prefixes], [weight for _, weight in prefixes]),
-        split=",".join(f"{share:.17f}" for share in parse_split(data.split)),
+        split="1,1,1",  # part of no more than the library's own checks: the documents of a part are given
         tokenizer=tokenizer,  # type: ignore[arg-type]
-        reset_position_ids=False,
+        reset_position_ids=False,  # documents are told apart when a batch is made
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
@@ -92,12 +96,15 @@ def build_splits(
 
     def build(folder: Path) -> Splits:
         cached = replace(config, path_to_cache=str(folder))
-        return Splits(*(_blend(part, count, split, cached) for part, count, split in zip(parts, samples, Split, strict=True)))
+        train, valid, test = (_windows(part, count, split, cached) for part, count, split in zip(parts, samples, Split, strict=True))
+        return Splits(
+            _training(data, train, samples[0], cached, folder), _blend(valid, samples[1], cached), _blend(test, samples[2], cached)
+        )
 
     key = {
         "files": [_fingerprint(path) for path, _ in prefixes],
         "weights": [weight for _, weight in prefixes],
-        "config": [seed, seq_length, config.split, tokenizer.unique_identifiers, list(samples)],
+        "config": [seed, seq_length, data.splits, tokenizer.unique_identifiers, list(samples), data.sampling.model_dump(mode="json")],
         "blend cached": dist.is_initialized(),
     }
     return _build_once(build, cache_dir / identity_hash(key))
@@ -112,43 +119,85 @@ class _Part:
     weight: float
 
 
-def _parts(split: str, sources: Sequence[tuple[IndexedDataset, float]], samples: Sequence[int]) -> list[list[_Part]]:
-    """The sources of each split. One with no document there is left out (Megatron-core would count its epochs for ever)."""
+def _parts(splits: Sequence[str], sources: Sequence[tuple[IndexedDataset, float]], samples: Sequence[int]) -> list[list[_Part]]:
+    """The sources of each split. One with no token there is left out (Megatron-core would count its epochs for ever)."""
     parts: list[list[_Part]] = [[], [], []]
     problems = []
-    for dataset, weight in sources:
+    for (dataset, weight), split in zip(sources, splits, strict=True):
         total = len(dataset)
         for part, (name, documents) in zip(parts, split_documents(split, total).items(), strict=True):
-            if documents:
+            if len(split_tokens(dataset, documents)):
                 part.append(_Part(dataset, documents, weight))
-            elif len(sources) > 1:
-                logger.warning("%s has no document in the %s split (%d documents, data.split %s)", dataset.path_prefix, name, total, split)
+            elif len(sources) > 1 and split == splits[0]:
+                logger.warning("%s has no document in the %s split (%d documents, split %s)", dataset.path_prefix, name, total, split)
     for part, name, count in zip(parts, SPLITS, samples, strict=True):
         if count and not part:
             totals = ", ".join(str(len(dataset)) for dataset, _ in sources)
-            problems.append(f"data.split {split!r} leaves the {name} split without a document ({totals} in all): give it a larger share")
+            shares = " and ".join(repr(split) for split in dict.fromkeys(splits))
+            problems.append(f"data.split {shares} leaves the {name} split without a document ({totals} in all): give it a larger share")
     if problems:
         raise BadInputError(problems)
     return parts
 
 
-def _blend(parts: Sequence[_Part], count: int, split: Split, config: GPTDatasetConfig) -> Samples | None:
-    """`count` samples of one split, drawn from its sources in their weights."""
+@dataclass(frozen=True)
+class _Blendable:
+    """The windows of each source in one split, and the share of the samples that each is to give."""
+
+    windows: list[Windows]
+    shares: list[float]
+
+
+def _windows(parts: Sequence[_Part], count: int, split: Split, config: GPTDatasetConfig) -> _Blendable | None:
     if not count:
         return None
     shares = normalize([part.weight for part in parts])
-    wanted = [math.ceil(count * share) for share in shares]
-    # The blend runs at most one sample ahead of a source's share; Megatron-core's surplus covers it.
-    counts = [count] if len(parts) == 1 else [math.ceil(samples * (1 + config.mid_level_dataset_surplus)) for samples in wanted]
-    datasets = [
-        GPTDataset(part.dataset, Path(part.dataset.path_prefix).name, np.array(part.documents, dtype=np.int32), needed, split, config)
-        for part, needed in zip(parts, counts, strict=True)
-    ]
-    if len(datasets) == 1:
-        return datasets[0]
+    return _Blendable([Windows(part.dataset, part.documents, count, split, config) for part in parts], shares)
+
+
+def _training(data: DataConfig, parts: _Blendable | None, count: int, config: GPTDatasetConfig, folder: Path) -> Samples | None:
+    """The training samples as `data.sampling` says."""
+    if parts is None:
+        return None
+    sampling = data.sampling
+    if isinstance(sampling, LossSampling):
+        return SourceDraws(parts.windows, parts.shares)
+    if isinstance(sampling, TemperatureSampling):
+        sizes = [windows.tokens for windows in parts.windows]
+        parts = replace(parts, shares=temperature_shares(sizes, parts.shares, sampling.temperature))
+    if isinstance(sampling, CurriculumSampling):
+        order_windows(parts.windows, [count * share for share in parts.shares], sampling, folder)
+    return _blend(parts, count, config)
+
+
+def _blend(parts: _Blendable | None, count: int, config: GPTDatasetConfig) -> Samples | None:
+    """`count` samples, drawn from the sources in their shares: never more than one off at any place."""
+    if parts is None:
+        return None
+    if len(parts.windows) == 1:
+        return parts.windows[0]
     if not dist.is_initialized():
         config = replace(config, path_to_cache=None)  # Megatron-core's blend asks for its rank before it writes.
-    return BlendedDataset(datasets, shares, sum(wanted), config)  # type: ignore[no-any-return]
+    size = sum(math.ceil(count * share) for share in parts.shares)
+    return BlendedDataset(parts.windows, parts.shares, size, config)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SourceDraws:
+    """Samples by source and place in it, for an order that is made as training goes: sample `place * sources + source`."""
+
+    windows: list[Windows]
+    shares: list[float]
+
+    def __len__(self) -> int:
+        return len(self.windows) * max(len(windows) for windows in self.windows)
+
+    def sample_id(self, source: int, place: int) -> int:
+        return place * len(self.windows) + source
+
+    def __getitem__(self, index: int) -> Sample:
+        place, source = divmod(index, len(self.windows))
+        return {"dataset_id": np.int64(source), **self.windows[source][place]}  # type: ignore[dict-item]
 
 
 def _build_once(build: Callable[[Path], Splits], folder: Path) -> Splits:
@@ -189,19 +238,18 @@ class MockSamples:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Sample:
         ids = np.random.default_rng([*self.seed, index]).integers(0, self.vocab_size, self.seq_length + 1)
         return sample_of(ids[:-1], ids[1:], self.seq_length)
 
 
-def sample_of(tokens: np.ndarray, labels: np.ndarray, seq_length: int) -> dict[str, torch.Tensor]:
+def sample_of(tokens: np.ndarray, labels: np.ndarray, seq_length: int) -> Sample:
     """One sample, filled up to `seq_length` with positions that do not count."""
     padding = (0, seq_length - len(labels))
     return {
-        "tokens": torch.from_numpy(np.pad(tokens.astype(np.int64), padding)),
-        "labels": torch.from_numpy(np.pad(labels.astype(np.int64), padding)),
-        "loss_mask": torch.from_numpy(np.pad(np.ones(len(labels), dtype=np.float32), padding)),
-        "position_ids": torch.arange(seq_length),
+        "tokens": np.pad(tokens.astype(np.int64), padding),
+        "labels": np.pad(labels.astype(np.int64), padding),
+        "loss_mask": np.pad(np.ones(len(labels), dtype=np.float32), padding),
     }
 
 
@@ -212,9 +260,10 @@ def held_out_streams(
     if data.is_mock:
         return [np.random.default_rng([seed, SPLITS.index(split)]).integers(0, tokenizer.vocab_size, _MOCK_HELD_OUT_TOKENS)]
     streams = []
-    for path, _ in prefixes:
+    for (path, _), shares in zip(prefixes, data.splits, strict=True):
         dataset = open_indexed(path, tokenizer.vocab_size)
-        streams.append(split_tokens(dataset, split_documents(data.split, len(dataset))[split]))
+        streams.append(split_tokens(dataset, split_documents(shares, len(dataset))[split]))
     if not any(len(stream) for stream in streams):
-        raise BadInputError(f"data.split {data.split!r} leaves the {split} split without a document: give it a larger share")
+        given = " and ".join(repr(shares) for shares in dict.fromkeys(data.splits))
+        raise BadInputError(f"data.split {given} leaves the {split} split without a document: give it a larger share")
     return [stream for stream in streams if len(stream)]

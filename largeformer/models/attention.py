@@ -47,13 +47,14 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query: [s, b, n, d]; key, value: [s_k, b, g, d]; attention_mask: bool, True where masked, broadcast to [b, n, s, s_k].
+        """query: [s, b, n, d]; key, value: [s_k, b, g, d]; attention_mask: bool, True where masked, broadcast to [b, n, s, s_k]; one
+        that is given stands alone, so it must mask later tokens too where the type is causal.
 
         Returns: [s, b, n * d].
         """
         assert attention_bias is None and packed_seq_params is None, "neither is produced by this package"
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        causal = mask_type is AttnMaskType.causal and query.shape[0] > 1
+        causal = mask_type is AttnMaskType.causal and attention_mask is None and query.shape[0] > 1
         dropout = self.dropout if self.training else 0.0
         fork = get_cuda_rng_tracker().fork() if dropout > 0.0 and self.fork_for_dropout else contextlib.nullcontext()
         with fork:
@@ -61,7 +62,7 @@ class ScaledDotProductAttention(torch.nn.Module):
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                attn_mask=None if causal or attention_mask is None else ~attention_mask,
+                attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
                 is_causal=causal,
                 scale=self.softmax_scale,

@@ -26,10 +26,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
-    """The output projection. With labels it returns the summed loss instead, fused; see `HeadCrossEntropy`."""
+    """The output projection. With labels it returns the summed loss instead, fused; see `HeadCrossEntropy`.
+
+    `row_losses`: where it is a list, it takes the summed loss of each row of each micro batch in training, float32[b].
+    """
 
     vocab_size: int
     loss_chunk_size: int
+    row_losses: list[torch.Tensor] | None = None
 
     def forward(
         self,
@@ -50,7 +54,9 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return HeadCrossEntropy.apply(
+        rows = self.row_losses if self.training else None
+        token_losses: list[torch.Tensor] | None = None if rows is None else []
+        loss = HeadCrossEntropy.apply(
             hidden.flatten(0, 1),
             self.weight if weight is None else weight,
             labels.t().flatten(),
@@ -59,7 +65,11 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             self.loss_chunk_size,
             self.tp_group,
             torch.is_grad_enabled(),
+            token_losses,
         )
+        if rows is not None and token_losses is not None:
+            rows.append(torch.cat(token_losses).view(hidden.shape[:2]).sum(dim=0))
+        return loss
 
 
 class GPT(GPTModel):  # type: ignore[misc]

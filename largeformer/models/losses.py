@@ -30,9 +30,10 @@ class HeadCrossEntropy(torch.autograd.Function):
         chunk: int,
         group: dist.ProcessGroup,
         with_gradients: bool,
+        token_losses: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """hidden: [n, h]; weight: [v, h]; labels: int64[n]; token_weights: float32[n]; with_gradients: whether a backward follows,
-        which cannot be told in here, where gradients are always off.
+        which cannot be told in here, where gradients are always off; token_losses: takes the weighted losses, float32[chunk] each.
 
         Returns: float32[], the sum of `token_weights * -log p(label)`.
         """
@@ -46,6 +47,8 @@ class HeadCrossEntropy(torch.autograd.Function):
             rows = slice(begin, begin + chunk)
             d_logits, losses = _chunk(hidden[rows] @ weight.t(), labels[rows], token_weights[rows], vocabulary)
             total += losses.sum()
+            if token_losses is not None:
+                token_losses.append(losses)
             d_logits = d_logits.to(weight.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[rows])
@@ -62,7 +65,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         d_hidden = None if ctx.d_hidden is None else ctx.d_hidden.mul_(scale)
         d_weight = None if ctx.d_weight is None else ctx.d_weight.mul_(scale).to(ctx.dtype)
         ctx.d_hidden = ctx.d_weight = None
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 class _Share:

@@ -16,7 +16,7 @@ from largeformer.parallel.groups import ParallelGroups
 
 def forward_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The summed loss of `batch` (float32[]) on the last pipeline stage, hidden states on the others."""
-    output: torch.Tensor = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
+    output: torch.Tensor = model(batch.tokens, batch.position_ids, batch.attention_mask(), labels=batch.labels, loss_mask=batch.loss_mask)
     return output
 
 

@@ -46,21 +46,17 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Ar
 
 
 def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
-    from largeformer.data.loader import evaluation_windows
+    from largeformer.data.loader import Reading, evaluation_windows
+    from largeformer.data.packing import Packing
     from largeformer.data.splits import held_out_streams
     from largeformer.evaluation.perplexity import evaluate
 
     folder = source.prepared.path
     tokenizer = prepare.open_tokenizer(recipe, folder)
     streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
-    windows = evaluation_windows(
-        streams,
-        recipe.model.seq_length,
-        recipe.train.micro_batch_size,
-        world.groups.coordinates.data,
-        world.groups.layout.data,
-        eod=tokenizer.eod,
-    )
+    packing = Packing.of(recipe.data, tokenizer.eod)
+    reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data, packing)
+    windows = evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod)
     chunks = load_model(recipe, world, source.checkpoint)
     return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,19 +13,16 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.stages import interruptions, prepare
 from largeformer.stages.claim import claim
+from largeformer.stages.feeding import build_feed
 from largeformer.stages.planned import plan_errors, planned_columns
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
     from largeformer.checkpoint.verify import Found
-    from largeformer.data.loader import Batches
-    from largeformer.evaluation.perplexity import LossTotal
-    from largeformer.models.gpt import GPT
     from largeformer.tracking.tracker import FanOut
     from largeformer.training.checkpointing import TrainingState
     from largeformer.training.metrics import Machine
     from largeformer.training.trainer import Outcome, Training
-    from largeformer.training.watchdog import Watchdog
 
 STAGE = "pretrain"
 LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
@@ -116,24 +112,24 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         stopping=interruptions.announcer(recipe, STAGE),
         hanging=interruptions.hanging(recipe, STAGE),
     )
-    open_data, validate = _data(recipe, world, prepared, chunks, guards.watchdog)
+    feed = build_feed(recipe, world, prepared, chunks, guards.watchdog)
     training = Training(
         train=recipe.train,
         engine=engine,
-        data=LeavingOut(open_data, state.progress.samples, rewinds),
+        data=LeavingOut(feed.open_at, state.progress.samples, rewinds),
         schedule=LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters),
         early_stopping=EarlyStopping.restored(recipe.train.early_stopping, state.early_stopping),
         tracker=tracker,
         guards=guards,
         machine=_machine(recipe, world),
         device=world.device,
-        validate=validate,
+        validate=feed.validate,
         checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint, retention_policy(recipe)),
         save_interval=recipe.checkpoint.save_interval,
         wandb_run_id=tracker.wandb_run_id,
         progress=state.progress,
         validation=state.validation,
-        parts={"guards": guards},
+        parts={"guards": guards, **feed.parts},
     )
     state.restore(training.parts)
     return training, tracker
@@ -154,48 +150,6 @@ def resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) -> 
     found = find(checkpoints, settings.verify == "sha256")
     world.from_main(lambda: [set_aside(refused.checkpoint) for refused in found.refused])
     return found
-
-
-def _data(
-    recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog
-) -> tuple[Callable[[int], Batches], Callable[[], LossTotal]]:
-    """This data rank's batches from a given sample on, and the validation that runs between them."""
-    from largeformer.data.loader import Batches, fixed_batches
-    from largeformer.data.ramp import BatchSizes
-    from largeformer.data.splits import build_splits
-    from largeformer.evaluation.perplexity import evaluate
-
-    train, place = recipe.train, (world.groups.coordinates.data, world.groups.layout.data)
-    tokenizer = prepare.open_tokenizer(recipe, prepared.path)
-    sizes = BatchSizes(train)
-    spare = recipe.guards.rewind_steps * train.global_batch_size if recipe.guards.rewinds else 0
-    splits = build_splits(
-        recipe.data,
-        recipe.model.seq_length,
-        tokenizer,
-        prepare.prefixes(recipe, prepared.path),
-        (sizes.samples_after(train.train_iters) + spare, train.eval_iters * train.global_batch_size, 0),
-        recipe.run.seed,
-        prepared.path / "cache",
-    )
-    training, validation = splits.train, splits.valid
-    assert training is not None and validation is not None, "samples of both were asked for"
-
-    def open_at(consumed_samples: int) -> Batches:
-        return Batches(
-            training,
-            train.micro_batch_size,
-            *place,
-            batch_sizes=sizes.at,
-            consumed_samples=consumed_samples,
-            num_workers=recipe.data.num_workers,
-        )
-
-    def validate() -> LossTotal:
-        held_out = fixed_batches(validation, train.eval_iters, train.global_batch_size, train.micro_batch_size, *place)
-        return evaluate(chunks, watchdog.following(held_out, "a batch of the validation"), world.groups, tokenizer.piece_bytes)
-
-    return open_at, validate
 
 
 def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, found: Found | None) -> FanOut:

@@ -17,7 +17,7 @@ import pytest
 from largeformer.checkpoint.verify import find
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.schema import Recipe
-from largeformer.data.loader import Batches
+from largeformer.data.loader import Batches, Reading
 from largeformer.data.splits import MockSamples
 from largeformer.parallel.device import rng_states
 from largeformer.tracking.tracker import FanOut
@@ -98,14 +98,8 @@ def run_steps(
     """Losses; ids of this rank's samples by micro batch; what Python and NumPy drew meanwhile."""
     recipe, at = bench.recipe, bench.groups.coordinates
     samples = MockSamples(recipe.model.seq_length, recipe.tokenizer.vocab_size, 8 * 2 * N, (recipe.run.seed,))
-    data = Batches(
-        samples,
-        recipe.train.micro_batch_size,
-        at.data,
-        bench.groups.layout.data,
-        batch_sizes=lambda _: recipe.train.global_batch_size,
-        consumed_samples=progress.samples,
-    )
+    reading = Reading(recipe.train.micro_batch_size, at.data, bench.groups.layout.data)
+    data = Batches(samples, lambda _: recipe.train.global_batch_size, reading, progress.samples)
     schedule = LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters)
     losses, ids, draws = [], [], []
     for _ in range(steps):

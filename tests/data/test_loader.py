@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from largeformer.config.data import DataConfig
-from largeformer.data.loader import Batches, evaluation_windows, fixed_batches
+from largeformer.data.loader import Batches, Reading, evaluation_windows, fixed_batches
 from largeformer.data.splits import MockSamples, build_splits
 from largeformer.data.tokenizer import MockTokenizer
 from largeformer.parallel.batch import Batch
@@ -17,8 +17,10 @@ SEQ, VOCAB, EOD = 8, 500, 2
 SAMPLES = MockSamples(SEQ, VOCAB, 64, (1, 0))
 
 
-def batches(micro: int, rank: int = 0, size: int = 1, total: Callable[[int], int] = lambda _: 8, **options: int) -> Batches:
-    return Batches(SAMPLES, micro, rank, size, batch_sizes=total, **options)
+def batches(
+    micro: int, rank: int = 0, size: int = 1, total: Callable[[int], int] = lambda _: 8, num_workers: int = 0, consumed_samples: int = 0
+) -> Batches:
+    return Batches(SAMPLES, total, Reading(micro, rank, size, num_workers=num_workers), consumed_samples)
 
 
 def ids(step: list[Batch]) -> list[tuple[int, ...]]:
@@ -46,7 +48,7 @@ def test_a_global_batch_is_the_same_samples_at_any_layout(size: int, micro: int)
                 assert batch.loss_mask.shape == (micro, SEQ) and batch.loss_mask.dtype == torch.float32
                 rows.update(zip(batch.sample_ids, batch.tokens, strict=True))
         assert sorted(rows) == list(range(8 * step, 8 * step + 8))
-        assert all(torch.equal(rows[i], SAMPLES[i]["tokens"]) for i in rows)
+        assert all(np.array_equal(rows[i], SAMPLES[i]["tokens"]) for i in rows)
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
@@ -101,7 +103,7 @@ def test_the_end_of_the_data_is_an_error_not_a_short_batch(workers: int) -> None
 
 
 def test_validation_reads_the_same_batches_each_time() -> None:
-    once, again = (list(fixed_batches(SAMPLES, 2, 8, 2, 1, 2)) for _ in range(2))
+    once, again = (list(fixed_batches(SAMPLES, 2, 8, Reading(2, 1, 2))) for _ in range(2))
     assert [ids(step) for step in once] == [[(2, 3), (6, 7)], [(10, 11), (14, 15)]]
     assert all(same(one, other) for one, other in zip(once, again, strict=True))
 
@@ -124,7 +126,7 @@ def test_every_token_is_predicted_once_from_all_before_it_in_its_window(lengths:
     for length in lengths:  # every id occurs once, over all streams
         streams.append(np.arange(start, start + length, dtype=np.uint16))
         start += length
-    parts = [list(evaluation_windows(streams, SEQ, micro, rank, size, eod=EOD)) for rank in range(size)]
+    parts = [list(evaluation_windows(streams, SEQ, Reading(micro, rank, size), EOD)) for rank in range(size)]
     assert len({len(part) for part in parts}) == 1, "ranks must stay in step"
     predicted = []
     for batch in (batch for part in parts for batch in part):
@@ -146,10 +148,10 @@ def test_windows_hold_the_split_of_a_real_file(tmp_path: Path) -> None:
 
     prefix, data, tokenizer = write_source(tmp_path / "0-a", 80, 3), DataConfig(split="50,25,25"), MockTokenizer(1000, eod=EOD)
     streams = held_out_streams(data, [(prefix, 1.0)], tokenizer, "test")
-    windows = list(evaluation_windows(streams, SEQ, 1, eod=EOD))
+    windows = list(evaluation_windows(streams, SEQ, Reading(1), EOD))
     counted = np.concatenate([batch.labels[batch.loss_mask.bool()].numpy() for batch in windows])
     assert counted.tolist() == streams[0].tolist()
     test = build_splits(data, SEQ, tokenizer, [(prefix, 1.0)], (0, 0, (len(counted) - 1) // SEQ), 1, tmp_path / "cache").test
     assert test is not None
-    seen = np.bincount(np.concatenate([test[i]["tokens"].numpy() for i in range((len(counted) - 1) // SEQ)]), minlength=1000)
+    seen = np.bincount(np.concatenate([test[i]["tokens"] for i in range((len(counted) - 1) // SEQ)]), minlength=1000)
     assert (seen <= np.bincount(counted, minlength=1000)).all()

@@ -141,4 +141,5 @@ def assert_same(ours: Tensors, theirs: Tensors, tolerance: float) -> None:
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.tokens[rows], batch.labels[rows], batch.loss_mask[rows], batch.position_ids[rows])
+    segments = batch.segment_ids[rows] if batch.segment_ids is not None else None
+    return Batch(batch.tokens[rows], batch.labels[rows], batch.loss_mask[rows], batch.position_ids[rows], segment_ids=segments)
