@@ -58,7 +58,7 @@ class Follower:
         self._groups.from_last_stage(on_device)
         dist.broadcast(on_device, src=0)  # tensor-parallel ranks may have rounded differently, and must draw alike
         sums, tokens = on_device.cpu().numpy()
-        return np.divide(sums, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+        return np.divide(sums, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)  # type: ignore[no-any-return]
 
 
 class FollowedBatches:
