@@ -67,7 +67,8 @@ def sum_tied_gradients(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
 def _accumulated(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What all micro batches left: in half precision DeepSpeed adds them up in float32 beside the parameter."""
     places = (getattr(parameter, name, None) for name in ("_hp_grad", "grad_accum", "grad"))
-    return next(gradient for gradient in places if gradient is not None)
+    accumulated: torch.Tensor = next(gradient for gradient in places if gradient is not None)
+    return accumulated
 
 
 @torch.no_grad()
