@@ -55,29 +55,29 @@ def parameter_count(model: ModelConfig, vocab: int) -> int:
     return embeddings + positions + model.num_layers * (weights + biases + 2 * norm) + norm
 
 
-# name pattern, TFLOP/s for bf16 and fp16, TFLOP/s for fp32 matrices; dense, by the vendors' data sheets. fp32 is TF32 on tensor
-# cores where the GPU has it. The first match wins.
+# name pattern, TFLOP/s for bf16 and fp16, TFLOP/s for fp32 matrices; dense, by the vendors' data sheets. fp32 is true fp32, as
+# PyTorch computes unless it is told to round to TF32. The first match wins.
 _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
-    (r"\bGB200\b", 2500.0, 1250.0),
-    (r"\bB200\b", 2250.0, 1125.0),
-    (r"\bH200 NVL\b", 835.5, 417.5),
-    (r"\bH200\b", 989.4, 494.7),
-    (r"\bGH200\b", 989.4, 494.7),
-    (r"\bH100 PCIe\b", 756.0, 378.0),
-    (r"\bH100 NVL\b", 835.5, 417.5),
-    (r"\bH[18]00\b", 989.4, 494.7),
-    (r"\bA[18]00\b", 312.0, 156.0),
-    (r"\bA40\b", 149.7, 74.8),
-    (r"\bA30\b", 165.0, 82.0),
-    (r"\bA10\b", 125.0, 62.5),
-    (r"\bL40S\b", 362.0, 183.0),
+    (r"\bGB200\b", 2500.0, 80.0),
+    (r"\bB200\b", 2250.0, 75.0),
+    (r"\bH200 NVL\b", 835.5, 60.0),
+    (r"\bH200\b", 989.4, 67.0),
+    (r"\bGH200\b", 989.4, 67.0),
+    (r"\bH100 PCIe\b", 756.0, 51.0),
+    (r"\bH100 NVL\b", 835.5, 60.0),
+    (r"\bH[18]00\b", 989.4, 67.0),
+    (r"\bA[18]00\b", 312.0, 19.5),
+    (r"\bA40\b", 149.7, 37.4),
+    (r"\bA30\b", 165.0, 10.3),
+    (r"\bA10\b", 125.0, 31.2),
+    (r"\bL40S\b", 362.0, 91.6),
     (r"\bL40\b", 181.0, 90.5),
-    (r"\bL4\b", 121.0, 60.0),
+    (r"\bL4\b", 121.0, 30.3),
     (r"\bRTX 4090$", 165.2, 82.6),
     (r"\bRTX 3090$", 71.0, 35.6),
     (r"\bV100\b", 125.0, 15.7),
     (r"\bT4\b", 65.0, 8.1),
-    (r"\bMI300X\b", 1307.4, 653.7),
+    (r"\bMI300X\b", 1307.4, 163.4),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -41,14 +42,15 @@ def recipe_of(precision: str, deepspeed: str | None = None, *, model: dict[str, 
 
 
 @contextlib.contextmanager
-def engine_on(device: torch.device, recipe: Recipe) -> Iterator[Bench]:
-    """The recipe's engine. On a CPU, fp16 is allowed: PyTorch computes it there, slowly, and DeepSpeed would not ask for it."""
+def engine_on(device: torch.device, recipe: Recipe, weights_from: Path | None = None) -> Iterator[Bench]:
+    """The recipe's engine, with initial weights or a checkpoint's. On a CPU, fp16 is allowed: PyTorch computes it there, slowly, and
+    DeepSpeed would not ask for it."""
     from deepspeed.accelerator import get_accelerator
 
     allowed = contextlib.nullcontext()
     if device.type == "cpu":
         allowed = mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True)
-    with allowed, bench_of(ALONE, recipe) as bench:
+    with allowed, bench_of(ALONE, recipe, weights_from) as bench:
         yield bench
 
 
