@@ -1,9 +1,10 @@
 """largeformer with one fault in it: `FAULTS='RANK MODULE FUNCTION CALL ACTION;...' python -m tests.faulty pretrain -c ...`.
 
 At call number CALL (from 1) of FUNCTION in MODULE, on RANK, ACTION happens, and then the call itself. So a fault comes at the same place
-each time, and no test has to guess how long something takes. Actions: names of signals, joined by +, which the rank sends to itself;
-`pause:S`, for S seconds; `sleep`, for ever; `hang`, for ever and without giving up the interpreter's lock; `fail`. `spike:A-B` multiplies
-what the function returns, at every call whose batch holds samples from A to B. FUNCTION `import` stands for the import of MODULE.
+each time, and no test has to guess how long something takes. Actions: names of signals, joined by +, which the rank sends to itself, or
+after `parent:` to its launcher; `pause:S`, for S seconds; `sleep`, for ever; `hang`, for ever and without giving up the interpreter's
+lock; `fail`. `spike:A-B` multiplies what the function returns, at every call whose batch holds samples from A to B. FUNCTION `import`
+stands for the import of MODULE.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def act(action: str) -> None:
     elif action == "fail":
         raise RuntimeError("a fault of the test's making")
     else:
-        for name in action.split("+"):
-            os.kill(os.getpid(), signal.Signals[name])
+        target = os.getppid() if action.startswith("parent:") else os.getpid()
+        for name in action.removeprefix("parent:").split("+"):
+            os.kill(target, signal.Signals[name])
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ class SkippedSteps:
         self._least_scale = least_scale
         self._in_a_row = 0
 
-    def after(self, step: int, result: StepResult, samples: tuple[int, int]) -> dict[str, Any] | None:
-        """What to record of this step, None where it was taken. `samples`: those of its batch, from the first to before the last.
+    def after(self, step: int, result: StepResult, samples: tuple[int, int]) -> tuple[str, dict[str, Any]] | None:
+        """The event to record of this step and its fields, None where it was taken. `samples`: those of its batch, the first and the
+        one after the last.
 
         fp16's search for a scale is recorded as such.
         """
         if not result.skipped:
             self._in_a_row = 0
             return None
-        event: dict[str, Any] = {"loss_scale": result.loss_scale}
         if self._least_scale is not None and math.isfinite(result.loss) and result.loss_scale > self._least_scale:
-            return event
+            return "skipped", {"loss_scale": result.loss_scale}
         self._in_a_row += 1
         what = "gradients" if math.isfinite(result.loss) else "loss"
-        return {**event, "not_finite": what, "loss": result.loss, "samples": list(samples), "in_a_row": self._in_a_row}
+        return "nonfinite", {"what": what, "loss": result.loss, "samples": list(samples), "in_a_row": self._in_a_row}
 
     def check(self, step: int, samples: tuple[int, int]) -> None:
         """Raises RunStopped after as many anomalies in a row as the recipe allows."""
@@ -49,7 +49,7 @@ class SkippedSteps:
             raise RunStopped(
                 f"loss or gradients were not finite in {self._in_a_row} steps in a row, up to step {step} "
                 f"(guards.max_consecutive_skips {self._limit}); the last batch was samples {samples[0]} to {samples[1] - 1}. No weight "
-                "changed in them. The 'skipped' events name the samples; if those are sound, lower optimizer.lr or go back to an older "
+                "changed in them. The 'nonfinite' events name the samples; if those are sound, lower optimizer.lr or go back to an older "
                 "checkpoint"
             )
 

@@ -43,8 +43,8 @@ class Stop:
 
 @dataclass
 class Guards:
-    """`may_rewind`: a spike interrupts the run. `stopping`: told why, once all ranks have agreed to stop. `spike` and `stop`: the last of
-    each, None where there was none."""
+    """`may_rewind`: a spike interrupts the run. `stopping`: told why, once all ranks have agreed to stop; `hanging`: told by the watchdog,
+    in its thread. `spike` and `stop`: the last of each, None where there was none."""
 
     groups: ParallelGroups
     tracker: Tracker
@@ -57,6 +57,8 @@ class Guards:
     replicas: Replicas
     may_rewind: bool = False
     stopping: Callable[[str], None] = lambda reason: None
+    hanging: Callable[[str], None] = lambda sentence: None
+    at_step: int = 0
     spike: Spike | None = None
     stop: Stop | None = None
 
@@ -64,6 +66,7 @@ class Guards:
     def step(self, step: int, first: bool) -> Iterator[None]:
         """Around step number `step`, with the loading of its batch. The `first` of a process compiles, for however long."""
         patient = self.watchdog.suspended(f"step {step}") if first else contextlib.nullcontext()
+        self.at_step = step
         self.watchdog.beat(f"step {step}")
         with patient, self.stragglers.timing(step):
             yield
@@ -72,18 +75,18 @@ class Guards:
         """Record what was seen in step `step`, whose batch was `samples` (the first, and the one after the last). Raises RunStopped, on
         every rank, where the run must not go on."""
         self.watchdog.beat(f"the checks after step {step}")
-        if event := self.skips.after(step, result, samples):
-            self.tracker.event("skipped", step, **event)
+        if seen := self.skips.after(step, result, samples):
+            self.tracker.event(seen[0], step, **seen[1])
         elif (z := self.spikes.score(result.loss)) is not None:
             self.spike = Spike(step, samples[1], result.loss, z)
             self.tracker.event("spike", step, loss=result.loss, z_score=z, samples=list(samples))
         for slow in self.stragglers.after(step):
             self.tracker.event("straggler", step, **slow)
+        self.skips.check(step, samples)
         try:
-            self.skips.check(step, samples)
             self.replicas.check(step)
         except RunStopped as error:
-            self.tracker.event("stopped by a guard", step, reason=str(error))
+            self.tracker.event("replica differs", step, reason=str(error))
             raise
 
     def interruption(self, minutes: float) -> Interruption | None:
@@ -98,6 +101,11 @@ class Guards:
             self.stopping(reason)
             return "stopped"
         return "rewind" if back else None
+
+    def stalled(self, sentence: str) -> None:
+        """What the watchdog calls from its thread before it ends the process."""
+        self.hanging(sentence)
+        self.tracker.event("stalled", self.at_step, reason=sentence)
 
     def state_dict(self) -> dict[str, Any]:
         return {"spikes": self.spikes.state_dict()}
@@ -121,19 +129,21 @@ def build_guards(
     """The guards that the recipe asks for, over this rank's `engine`. Where ranks hang, `hanging` is told, and their stacks go to
     `folder`/stacks."""
     config, groups = recipe.guards, engine.groups
-    return Guards(
+    guards = Guards(
         groups=groups,
         tracker=tracker,
         signals=StopSignals.current(),
         limit_minutes=recipe.train.exit_duration_minutes,
         skips=SkippedSteps(config.max_consecutive_skips, least_scale(recipe)),
         spikes=LossSpikes(config),
-        watchdog=Watchdog(config.watchdog_timeout_s, folder / "stacks", groups.rank, hanging),
+        watchdog=Watchdog(config.watchdog_timeout_s, folder / "stacks", groups.rank, lambda sentence: guards.stalled(sentence)),
         stragglers=Stragglers(config.straggler_interval, config.straggler_ratio, groups, engine.chunks),
         replicas=Replicas(config.replica_interval, engine.chunks, groups),
         may_rewind=may_rewind,
         stopping=stopping,
+        hanging=hanging,
     )
+    return guards
 
 
 def least_scale(recipe: Recipe) -> float | None:

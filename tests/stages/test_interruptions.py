@@ -234,20 +234,24 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("action", ["SIGTERM", "SIGUSR1", "parent:SIGTERM"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_swallows_the_code_but_not_the_save(tmp_path: Path, launcher: str, name: str) -> None:
-    path = recipe(tmp_path)
+def test_a_launcher_swallows_the_code_but_not_the_save(tmp_path: Path, launcher: str, action: str) -> None:
+    """The signal comes to rank 1, or to the launcher's process above it, which passes it on."""
+    path = recipe(tmp_path, train={"train_iters": 400})
     prefix = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
     ended = subprocess.run(
         [sys.executable, *prefix, "pretrain", "-c", str(path)],
         cwd=ROOT,
-        env={**os.environ, "FAULTS": f"1 {FORWARD} 4 {name}"},
+        env={**os.environ, "FAULTS": f"1 {FORWARD} 4 {action}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert ended.returncode == 1, ended.stderr[-2000:]
-    assert status(path)["status"] == "requeue" and re.search(rf"{name} at step 2", status(path)["reason"])
-    assert checkpoints(path) == ["step_00000002"]
+    found = re.fullmatch(r"stopped by (SIG\w+) at step (\d+), saved", status(path)["reason"])
+    assert status(path)["status"] == "requeue" and found is not None
+    assert found[1] == action.removeprefix("parent:")
+    assert checkpoints(path) == [f"step_{int(found[2]):08d}"]
+    assert found[2] == "2" or action.startswith("parent:")

@@ -32,7 +32,7 @@ def test_anomalies_in_a_row_end_the_run_and_a_good_step_forgives() -> None:
         assert (event is None) == (not one.skipped)
         steps.check(step, (8 * step, 8 * step + 8))
     event = steps.after(6, result(), (48, 56))
-    assert event == {"loss_scale": 1.0, "not_finite": "gradients", "loss": 2.0, "samples": [48, 56], "in_a_row": 3}
+    assert event == ("nonfinite", {"what": "gradients", "loss": 2.0, "samples": [48, 56], "in_a_row": 3})
     with pytest.raises(RunStopped, match=r"3 steps in a row, up to step 6 .* samples 48 to 55\. No weight changed"):
         steps.check(6, (48, 56))
 
@@ -48,7 +48,7 @@ def test_anomalies_in_a_row_end_the_run_and_a_good_step_forgives() -> None:
 def test_in_fp16_an_overflow_is_an_anomaly_at_the_least_scale_only(one: StepResult, anomaly: bool) -> None:
     steps = SkippedSteps(limit=1, least_scale=4.0)
     event = steps.after(1, one, (0, 8))
-    assert event is not None and event["loss_scale"] == one.loss_scale and ("samples" in event) == anomaly
+    assert event is not None and event[0] == ("nonfinite" if anomaly else "skipped")
     if anomaly:
         with pytest.raises(RunStopped):
             steps.check(1, (0, 8))
