@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from largeformer.config.augment import augment_problems
 from largeformer.config.batches import data_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
@@ -24,6 +25,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_rampup_problems(recipe.train),
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
+        *augment_problems(recipe.data.augment, recipe.model.family, recipe.data.sampling.type),
         *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
         *_retention_problems(recipe),
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from largeformer.config.augment import AugmentConfig
 from largeformer.config.cleaning import CleaningStep, DeduplicateConfig
 from largeformer.config.sampling import RandomSampling, SamplingConfig
 from largeformer.config.section import Positive, PositiveInt, Section
@@ -46,6 +47,7 @@ class DataConfig(Section):
     quarantine_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     cleaning: tuple[CleaningStep, ...] = ()
     deduplicate: DeduplicateConfig | None = None
+    augment: AugmentConfig | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0
     reset_attention_mask: bool = False
     reset_position_ids: bool = False

@@ -201,7 +201,7 @@ class Recipe(Section):
 
     def identity(self, stage: str) -> dict[str, Any]:
         """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names."""
-        order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling"}
+        order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment"}
         tokenizer_and_data: dict[str, Any] = {
             "tokenizer": self.tokenizer.model_dump(mode="json"),
             "data": self.data.model_dump(mode="json", exclude={"num_workers", *(order if stage == "prepare" else ())}),

@@ -22,11 +22,11 @@ _BASIC, _BEYOND = range(0x10000), range(0x10000, 0x20000)
 
 def words(text: str) -> list[str]:
     """The words of `text` in their order; punctuation, symbols and blanks are none."""
-    return _word_pattern().findall(text)
+    return word_pattern().findall(text)
 
 
 @lru_cache(maxsize=1)
-def _word_pattern() -> re.Pattern[str]:
+def word_pattern() -> re.Pattern[str]:
     """Characters beyond the basic plane are looked at last, and behind a guard: Python's `re` has a table for the others only."""
     unspaced = re.compile(f"[{UNSPACED}{UNSPACED_BEYOND}]")
     marks = _ranges(_BASIC, lambda c: unicodedata.category(c)[0] == "M")

@@ -36,6 +36,7 @@ def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequenc
     """Open the prepared data. Collective."""
     from largeformer.data.loader import Batches, Reading, SourceBatches, fixed_batches
     from largeformer.data.packing import Packing
+    from largeformer.data.permutation import training_samples
     from largeformer.data.ramp import BatchSizes
     from largeformer.data.splits import SourceDraws
     from largeformer.evaluation.perplexity import evaluate
@@ -61,7 +62,8 @@ def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequenc
             validate,
             {"sampling": follower},
         )
-    return Feed(lambda sample: Batches(training, sizes.at, reading, sample), validate)
+    varied = training_samples(training, recipe.data.augment, tokenizer, recipe.run.seed)
+    return Feed(lambda sample: Batches(varied, sizes.at, reading, sample), validate)
 
 
 def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
