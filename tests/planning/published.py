@@ -20,7 +20,7 @@ KORTHIKANTI = "Korthikanti et al. 2022, arXiv:2205.05198, tables 3 and 5"
 MT_NLG = "Smith et al. 2022, arXiv:2201.11990, sections 2.3, 2.4 and 3.2"
 LLAMA3 = "Grattafiori et al. 2024, arXiv:2407.21783, tables 3 and 4"
 TITAN_A100 = "pytorch/torchtitan, docs/performance.md at 0413364"
-TITAN_H100 = "pytorch/torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md"
+TITAN_H100 = "pytorch/torchtitan, benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md at 2887250"
 MPT = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md at 061f2c7"
 
 GPT = {"normalization": "LayerNorm", "activation": "gelu_tanh", "position_embedding": "learned", "add_bias_linear": True}

@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from largeformer import cli
+from largeformer.config.deepspeed import resolve_deepspeed
 from largeformer.config.load import load_recipe
 from largeformer.config.schema import Recipe
+from largeformer.planning import search as search_module
 from largeformer.planning.advice import advice
 from largeformer.planning.hardware import GIB, PRESETS, cluster_of
 from largeformer.planning.money import Bill, bill, business_case
-from largeformer.planning.prediction import job_of, predict
+from largeformer.planning.prediction import Prediction, job_of, predict
 from largeformer.planning.search import describe, search
 from largeformer.planning.step import step_time
 from largeformer.stages.plan import make
@@ -64,16 +67,18 @@ def test_search_finds_what_trying_everything_finds() -> None:
     cluster = cluster_of(recipe.plan)
     found = search(recipe, 16, cluster)
     everything = search_all(recipe, 16)
-    assert found.best[0].step.seconds == pytest.approx(min(everything), rel=1e-9)
+    assert found.best[0].step.seconds == pytest.approx(min(one.step.seconds for one in everything), rel=1e-9)
 
 
-def search_all(recipe: Recipe, world_size: int) -> list[float]:
-    from unittest import mock
+def test_search_offers_nothing_that_a_run_refuses() -> None:
+    for one in search_all(load_recipe("llama-8b", ["train.global_batch_size=16"]), 8):
+        resolve_deepspeed(one.job.recipe, one.job.deepspeed, 8)
+        assert not one.misfits
 
-    from largeformer.planning import search as module
 
-    with mock.patch.object(module, "_SIMULATED", 10**6), mock.patch.object(module, "BEST", 10**6):
-        return [one.step.seconds for one in search(recipe, world_size, cluster_of(recipe.plan)).best]
+def search_all(recipe: Recipe, world_size: int) -> list[Prediction]:
+    with mock.patch.object(search_module, "_SIMULATED", 10**6), mock.patch.object(search_module, "BEST", 10**6):
+        return search(recipe, world_size, cluster_of(recipe.plan)).best
 
 
 def test_nothing_fits_says_what_is_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +227,39 @@ def test_more_of_everything_costs_more() -> None:
     assert seconds("train.recompute_granularity=full", "train.recompute_method=uniform", "train.recompute_num_layers=1") > 1.2 * plain
     assert seconds("parallel.virtual_pipeline_model_parallel_size=null") > plain
     assert seconds(world=1024) < plain
+
+
+def test_a_step_is_the_sum_of_its_parts() -> None:
+    step = make(load_recipe("llama-70b"), world_size=1024).prediction.step  # type: ignore[union-attr]
+    parts = (step.work_s, step.tensor_s, step.bubble_s, step.data_s, step.optimizer_s)
+    assert min(parts) > 0 and sum(parts) == pytest.approx(step.seconds)
+
+
+def test_interleaving_holds_more_micro_batches() -> None:
+    """On the first stage (1 + (p - 1) / (p v)) times the layers' activations (Korthikanti et al. 2022, section 4.2.3)."""
+
+    def first_stage(virtual: str) -> int:
+        planned = make(load_recipe("llama-70b", [f"parallel.virtual_pipeline_model_parallel_size={virtual}"]), world_size=1024)
+        assert planned.prediction is not None
+        return planned.prediction.memory[0].activation_bytes
+
+    for virtual in (2, 5, 10):
+        assert first_stage(str(virtual)) / first_stage("null") == pytest.approx(1 + 7 / (8 * virtual), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stride", "expected"),
+    [
+        pytest.param(8, 1, 450.0, id="a node"),
+        pytest.param(2, 4, 450.0, id="half a node away"),
+        pytest.param(16, 8, 50.0, id="one rank of each node: one share of the network"),
+        pytest.param(64, 2, 200.0, id="four of each node"),
+        pytest.param(64, 1, 400.0, id="all of them, not more than the link"),
+    ],
+)
+def test_bandwidth_of_a_group(ranks: int, stride: int, expected: float) -> None:
+    cluster = cluster_of(load_recipe("llama-8b", ["plan.gpu=h100"]).plan)
+    assert cluster.group_gb_s(ranks, stride) == expected
 
 
 def test_estimate_of_the_search_is_near_the_simulation() -> None:

@@ -53,7 +53,7 @@ def row(step: int, seconds: float, memory: float, planned: float) -> dict[str, f
     ("rows", "memory", "seconds"),
     [
         pytest.param(
-            [row(1, 9.0, 1.0, 2.0), row(2, 7.0, 2.0, 2.0), *(row(step, 4.0, 2.5, 2.0) for step in (3, 4, 5))],
+            [row(1, 9.0, 1.0, 2.0), row(2, 7.0, 2.0, 2.0), row(3, 4.0, 2.5, 2.0), row(4, 4.0, 2.5, 2.0)],
             0.2,
             -0.5,
             id="warmup left out",
