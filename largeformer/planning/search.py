@@ -132,7 +132,7 @@ def _variants(recipe: Recipe, parallel: ParallelConfig) -> Iterator[Recipe]:
         if recipe.train.global_batch_size % micro:
             continue
         for granularity, method, layers, modules in _RECOMPUTATIONS.values():
-            if "mlp" in modules and recipe.model.add_bias_linear:
+            if granularity == "selective" and _pointless(recipe, modules):
                 continue
             update = {
                 "micro_batch_size": micro,
@@ -143,6 +143,12 @@ def _variants(recipe: Recipe, parallel: ParallelConfig) -> Iterator[Recipe]:
             }
             train = recipe.train.model_copy(update=update)
             yield recipe.model_copy(update={"parallel": parallel, "train": train})
+
+
+def _pointless(recipe: Recipe, modules: tuple[str, ...]) -> bool:
+    """Fused attention keeps nothing that recomputing it would save; a feed-forward part with biases cannot be recomputed."""
+    model = recipe.model
+    return model.attention_backend == "sdpa" if "core_attn" in modules else model.add_bias_linear
 
 
 def _with_buckets(section: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
         "world_size": plan.world_size,
         "fits": plan.fits,
         "problems": [*plan.problems, *(plan.prediction.misfits if plan.prediction else [])],
-        "layout": describe(plan.prediction.job) if plan.prediction else None,
+        "layout": {**describe(plan.prediction.job), "deepspeed": plan.recipe.deepspeed} if plan.prediction else None,
         "memory": _memory(plan.prediction, plan.cluster) if plan.prediction else None,
         "step": asdict(plan.prediction.step) if plan.prediction else None,
         "training": None if plan.bill is None else {**asdict(plan.bill), "cost": plan.bill.cost},

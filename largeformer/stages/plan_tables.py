@@ -117,7 +117,7 @@ def _search(console: Console, plan: Plan) -> None:
 
 
 def _best(console: Console, best: Sequence[Prediction]) -> None:
-    headers = ("", "TP", "PP", "VP", "DP", "ZeRO", "micro batch", "recompute", "GiB", "step", "tokens/s", "MFU", "bubble")
+    headers = ("", "TP", "PP", "VP", "DP", "ZeRO", "MB", "recompute", "GiB", "step", "tokens/s", "MFU", "bubble")
     table = Table(*headers, box=None, header_style="bold", pad_edge=False)
     for number, one in enumerate(best, start=1):
         job, step, train = one.job, one.step, one.job.recipe.train
@@ -129,7 +129,7 @@ def _best(console: Console, best: Sequence[Prediction]) -> None:
             job.layout.pipeline,
             job.layout.virtual,
             job.layout.data,
-            deepspeed_name(ZeroConfig.of(job.deepspeed)).removeprefix("zero"),
+            deepspeed_name(ZeroConfig.of(job.deepspeed)).removeprefix("zero").replace("_offload_", "+"),
             train.micro_batch_size,
             recompute,
             f"{one.fullest.total_bytes / GIB:.1f}",
