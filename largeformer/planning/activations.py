@@ -99,6 +99,12 @@ def recomputed_at_once(recipe: Recipe, layers: int, fused: bool = True) -> int:
     return each.working * (step if train.recompute_method != "block" else 1)
 
 
+def backward_bytes(recipe: Recipe) -> int:
+    """Gradients of a layer's own activations while it goes backward: the feed-forward's, which are the widest, and the residual's."""
+    w = _Widths.of(recipe, True)
+    return _mlp(recipe, w) + 2 * w.norm_tokens * w.hidden * w.element
+
+
 def head_bytes(recipe: Recipe, fused: bool = True) -> tuple[int, int]:
     """Kept until the backward of the last stage, and the workspace of a chunk of logits; see `models/losses.py`.
 

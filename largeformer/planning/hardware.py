@@ -11,14 +11,14 @@ from typing import Any
 
 from largeformer.config.plan import PlanConfig
 from largeformer.errors import BadInputError
+from largeformer.models.flops import known_peak_flops
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. memory_gib: what a program can have of it. peak_tflops: dense, bf16 and fp16; fp32_tflops: TF32 where the GPU has
-    it. hbm_gb_s: memory bandwidth. link_gb_s: to its neighbours in the node. network_gbit_s: to other nodes, its share. watts: board
+    """One accelerator. memory_gib: what a program can have of it. peak_tflops: dense, bf16 and fp16. hbm_gb_s: memory bandwidth. link_gb_s: to its neighbours in the node. network_gbit_s: to other nodes, its share. watts: board
     power. family: whose shares of these peaks are reached, see `planning/efficiency.py`. source: where the figures stand."""
 
     name: str
@@ -33,14 +33,21 @@ class Gpu:
     source: str
 
 
+def _of_table(name: str, memory: float, hbm: float, link: float, network: float, watts: float, family: str, source: str) -> Gpu:
+    """With the peaks that MFU is measured against."""
+    half, full = (known_peak_flops(name, precision) for precision in ("bf16", "fp32"))
+    assert half and full, "the table of peaks has every preset"
+    return Gpu(name, memory, half / 1e12, full / 1e12, hbm, link, network, watts, family, source)
+
+
 PRESETS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 79.1, 312.0, 156.0, 2039.0, 300.0, 200.0, 400.0, "ampere", "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x HDR"),
-        Gpu("h100", 79.1, 989.4, 494.7, 3350.0, 450.0, 400.0, 700.0, "hopper", "NVIDIA H100 SXM data sheet; DGX H100: 8 x NDR"),
-        Gpu("h200", 139.8, 989.4, 494.7, 4800.0, 450.0, 400.0, 700.0, "hopper", "NVIDIA H200 SXM data sheet; DGX H200: 8 x NDR"),
-        Gpu("b200", 178.0, 2250.0, 1125.0, 7700.0, 900.0, 400.0, 1000.0, "blackwell", "NVIDIA HGX B200 data sheet; DGX B200: 8 x NDR"),
-        Gpu("l40s", 44.5, 362.0, 183.0, 864.0, 32.0, 100.0, 350.0, "ada", "NVIDIA L40S data sheet; PCIe 4.0 x16, no NVLink"),
+        _of_table("a100", 79.1, 2039.0, 300.0, 200.0, 400.0, "ampere", "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x HDR"),
+        _of_table("h100", 79.1, 3350.0, 450.0, 400.0, 700.0, "hopper", "NVIDIA H100 SXM data sheet; DGX H100: 8 x NDR"),
+        _of_table("h200", 139.8, 4800.0, 450.0, 400.0, 700.0, "hopper", "NVIDIA H200 SXM data sheet; DGX H200: 8 x NDR"),
+        _of_table("b200", 178.0, 7700.0, 900.0, 400.0, 1000.0, "blackwell", "NVIDIA HGX B200 data sheet; DGX B200: 8 x NDR"),
+        _of_table("l40s", 44.5, 864.0, 32.0, 100.0, 350.0, "ada", "NVIDIA L40S data sheet; PCIe 4.0 x16, no NVLink"),
         Gpu("cpu", 16.0, 0.46, 0.10, 20.0, 2.0, 10.0, 60.0, "cpu", "one core of a server CPU with bf16 dot products, gloo on one machine"),
     )
 }

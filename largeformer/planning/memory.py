@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from largeformer.planning.activations import boundary_bytes, chunk_bytes, embedding_bytes, head_bytes, recomputed_at_once
+from largeformer.planning.activations import backward_bytes, boundary_bytes, chunk_bytes, embedding_bytes, head_bytes, recomputed_at_once
 from largeformer.planning.hardware import GIB
 from largeformer.planning.inventory import Inventory
 from largeformer.planning.schedule import held_forwards
@@ -25,8 +25,8 @@ _FRAGMENTATION = 0.05  # of what comes and goes: blocks that the allocator holds
 class RankMemory:
     """Bytes on one rank of a pipeline stage; `ranks` of them are alike.
 
-    activation_bytes: kept for the backward at the worst moment, and what is recomputed then. logits_bytes: the head's gradients and
-    one chunk of logits. buffer_bytes: buckets, gathered weights, states between stages, gradients beside their final partition.
+    activation_bytes: kept for the backward at the worst moment, what is recomputed then, and a layer's gradients. logits_bytes: the
+    head's gradients and one chunk of logits. buffer_bytes: buckets, gathered weights, states between stages, gradients beside their final partition.
     allowance_bytes: fragmentation and the libraries' own.
     """
 
@@ -99,13 +99,13 @@ def _of_stage(job: Job, stage: Inventory) -> RankMemory:
 
 
 def _activations(job: Job, stage: Inventory) -> int:
-    """Kept when the stage holds most micro batches, and the layers that are recomputed then."""
+    """Kept when the stage holds most micro batches, and what the layer adds that is recomputed and goes backward then."""
     fused = job.cluster.fuses
     held = held_forwards(stage.stage, job.layout.pipeline, job.layout.virtual, job.microbatches)
     kept = sum(count * chunk_bytes(job.recipe, layers, fused) for count, layers in zip(held, stage.chunks, strict=True))
     if stage.has_embedding:
         kept += held[0] * embedding_bytes(job.recipe, fused)
-    return kept + max(recomputed_at_once(job.recipe, layers, fused) for layers in stage.chunks)
+    return kept + backward_bytes(job.recipe) + max(recomputed_at_once(job.recipe, layers, fused) for layers in stage.chunks)
 
 
 def _logits(job: Job, stage: Inventory) -> int:

@@ -13,6 +13,7 @@ from largeformer.planning.step import step_time
 from tests.planning.published import CORE, FULL, HELD_OUT, RUNS, TITAN_H100, Run
 
 UNSTATED = ""
+MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
 
 
 def megatron(model: str, gpus: int, pipeline: int, batch: int, virtual: int | None = None) -> Run:
@@ -25,10 +26,10 @@ FITS: dict[str, Run] = {
     **{run.name: run for run in RUNS},
     "Megatron-LM 530B, 2520 A100": megatron("GPT 530B", 2520, 35, 2520),
     "Megatron-LM 1T, 3072 A100": megatron("GPT 1T", 3072, 64, 3072),
-    "torchtitan Llama 3 8B, 8 H100, one sequence": Run("Llama 3 8B", "h100", 8, 0.0, UNSTATED, 8, zero=3),
+    "torchtitan Llama 3 8B, 8 H100, two sequences, some recomputed": Run("Llama 3 8B", "h100", 8, 0.0, UNSTATED, 16, 2, zero=3, train=MLP),
     "torchtitan Llama 3 8B, 8 H100, two sequences, recomputed": Run("Llama 3 8B", "h100", 8, 0.0, UNSTATED, 16, 2, zero=3, train=FULL),
     "torchtitan Llama 3 8B, 128 H100": Run("Llama 3 8B", "h100", 128, 0.0, UNSTATED, 256, 2, zero=3, train=FULL),
-    "torchtitan Llama 3 8B, 64 A100": Run("Llama 3 8B", "a100", 64, 0.0, UNSTATED, 64, zero=3),
+    "torchtitan Llama 3 8B, 64 A100": Run("Llama 3 8B", "a100", 64, 0.0, UNSTATED, 64, zero=3, train=MLP),
     "Llama 3 70B, TP8 PP4, 256 H100": Run(
         "Llama 3 70B", "h100", 256, 0.0, UNSTATED, 256, tensor=8, pipeline=4, virtual=5, sequence_parallel=True, train=CORE
     ),
