@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
@@ -85,31 +85,51 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
     if missing:
         raise BadInputError(f"prepared data {' and '.join(missing)} missing: run prepare again with --fresh")
     _check_index(idx_path(prefix))
+    size = bin_path(prefix).stat().st_size
+    if size == 0:
+        raise BadInputError(f"{bin_path(prefix)} holds no token: run prepare again with --fresh, with text in this source")
     dataset = IndexedDataset(str(prefix))
     stated = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
-    size = bin_path(prefix).stat().st_size
     if size != stated:
         raise BadInputError(f"{bin_path(prefix)} has {size} bytes, its .idx says {stated}: run prepare again with --fresh")
     ids = np.memmap(bin_path(prefix), dtype=dataset.index.dtype, mode="r")
     block = _CHECKED_IDS // 64
-    starts = range(0, ids.size, max(block, ids.size // 64))
-    largest = max(int(ids[start : start + block].max()) for start in starts)
-    if largest >= vocab_size:
-        raise BadInputError(f"{bin_path(prefix)} holds id {largest}, tokenizer.vocab_size is {vocab_size}: run prepare again with --fresh")
+    looked_at = [ids[start : start + block] for start in range(0, ids.size, max(block, ids.size // 64))]
+    for wrong in (max(int(part.max()) for part in looked_at), min(int(part.min()) for part in looked_at)):
+        if not 0 <= wrong < vocab_size:
+            raise BadInputError(
+                f"{bin_path(prefix)} holds id {wrong}, tokenizer.vocab_size is {vocab_size}: run prepare again with --fresh"
+            )
     return dataset
 
 
+def check_tokenizer(identifiers: Mapping[str, str], recorded: Mapping[str, Any], folder: Path) -> None:
+    """`recorded`: the metrics of the manifest beside the data, in `folder`; `identifiers`: the tokenizer's own, as it was opened.
+
+    Raises BadInputError where the ids were made by another tokenizer. Data that do not say by which are taken as they are.
+    """
+    expected, found = recorded.get("tokenizer_sha256"), identifiers.get("sha256")
+    if expected is not None and found is not None and expected != found:
+        raise BadInputError(
+            f"the tokenizer in {folder} (sha256 {found[:12]}...) is not the one that made the ids beside it ({expected[:12]}...): put "
+            "that one back, or run prepare again with --fresh"
+        )
+
+
 def _check_index(path: Path) -> None:
-    """The `.idx` file is one, and whole: a header of 34 bytes, then 12 bytes a document and 8 for each of their borders."""
+    """The `.idx` file is one, and whole: a header of 34 bytes, then 12 bytes a sequence and 8 for each border between documents.
+
+    Megatron-core may cut a document into several sequences; here and in its GPTDataset each of them is a document.
+    """
     with path.open("rb") as handle:
         header = handle.read(34)
     whole = False
     if len(header) == 34 and header.startswith(b"MMIDIDX\x00\x00"):
-        version, dtype, documents, borders = struct.unpack_from("<QBQQ", header, 9)
-        sizes_agree = path.stat().st_size == 34 + 12 * documents + 8 * borders and borders == documents + 1
+        version, dtype, sequences, borders = struct.unpack_from("<QBQQ", header, 9)
+        sizes_agree = path.stat().st_size == 34 + 12 * sequences + 8 * borders and 1 <= borders <= sequences + 1
         whole = version == 1 and dtype in (4, 8) and sizes_agree
     if not whole:
-        raise BadInputError(f"{path} is damaged: run prepare again with --fresh")
+        raise BadInputError(f"{path} is damaged, or of another kind than int32 or uint16: run prepare again with --fresh")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:

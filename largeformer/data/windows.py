@@ -56,17 +56,19 @@ class Windows(GPTDataset):  # type: ignore[misc]
 
     def read(self, window: int) -> npt.NDArray[np.int64]:
         """int64[s + 1]: the ids of a window and the one after it. A window keeps its number in every epoch."""
-        (first, skip), (last, end) = self._borders[window].tolist(), self._borders[window + 1].tolist()
-        documents = self._joined[first : last + 1]
-        begins = self.dataset.index.sequence_pointers[documents] // self._itemsize
-        ends = begins + self.dataset.index.sequence_lengths[documents]
-        ends[-1] = begins[-1] + end + 1
-        begins[0] += skip
-        ids = self._mapped()
-        pieces = [ids[begin:stop] for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True)]
+        first, skip, last, end = self._borders[window : window + 2].ravel().tolist()
+        ids, index, size = self._mapped(), self.dataset.index, self._itemsize
+        pieces = []
+        for place in range(
+            first, last + 1
+        ):  # Plain numbers: most windows have few documents, and an array operation costs as much as a read.
+            document = self._joined.item(place)
+            begin = index.sequence_pointers.item(document) // size
+            stop = begin + (end + 1 if place == last else index.sequence_lengths.item(document))
+            pieces.append(ids[begin + skip : stop])
+            skip = 0
         read = np.concatenate(pieces, dtype=np.int64)
-        missing = self.config.sequence_length + 1 - len(read)
-        assert missing == 0, f"window {window} of {self.dataset_path} has {len(read)} ids"
+        assert len(read) == self.config.sequence_length + 1, f"window {window} of {self.dataset_path} has {len(read)} ids"
         return read
 
     def _mapped(self) -> npt.NDArray[np.integer]:

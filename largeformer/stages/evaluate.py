@@ -46,6 +46,7 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Ar
 
 
 def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
+    from largeformer.data.indexed import check_tokenizer
     from largeformer.data.loader import Reading, evaluation_windows
     from largeformer.data.packing import Packing
     from largeformer.data.splits import held_out_streams
@@ -53,6 +54,7 @@ def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
 
     folder = source.prepared.path
     tokenizer = prepare.open_tokenizer(recipe, folder)
+    check_tokenizer(tokenizer.unique_identifiers, source.prepared.metrics, folder)
     streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
     packing = Packing.of(recipe.data, tokenizer.eod)
     reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data, packing)

@@ -34,6 +34,7 @@ class Feed:
 
 def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog) -> Feed:
     """Open the prepared data. Collective."""
+    from largeformer.data.indexed import check_tokenizer
     from largeformer.data.loader import Batches, Reading, SourceBatches, fixed_batches
     from largeformer.data.packing import Packing
     from largeformer.data.permutation import training_samples
@@ -44,6 +45,7 @@ def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequenc
 
     train, at = recipe.train, world.groups.coordinates
     tokenizer = prepare.open_tokenizer(recipe, prepared.path)
+    check_tokenizer(tokenizer.unique_identifiers, prepared.metrics, prepared.path)
     sizes = BatchSizes(train)
     splits = _splits(recipe, prepared)
     training, validation = splits.train, splits.valid

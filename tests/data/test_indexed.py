@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from largeformer.data.indexed import IndexedWriter, open_indexed, parse_split, split_documents, split_tokens
+from largeformer.data.indexed import IndexedWriter, check_tokenizer, open_indexed, parse_split, split_documents, split_tokens
 from largeformer.errors import BadInputError
 
 EOD = 2
@@ -56,6 +58,49 @@ def test_counts_are_of_what_was_written(tmp_path: Path) -> None:
     assert (tmp_path / "0-a.bin").stat().st_size == 12 * 2
 
 
+def megatrons(prefix: Path, documents: list[list[int]], dtype: type[np.integer], sequences: int = 1) -> Path:
+    """Written by the library alone, each document in so many sequences."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        parts = [part.tolist() for part in np.array_split(np.array(document, dtype=np.int64), sequences)]
+        builder.add_document([i for part in parts for i in part], [len(part) for part in parts])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@pytest.mark.parametrize("sequences", [1, 3], ids=["a sequence a document", "three"])
+def test_what_megatron_writes_is_read(tmp_path: Path, dtype: type[np.integer], sequences: int) -> None:
+    """Empty documents too."""
+    dataset = open_indexed(megatrons(tmp_path / "p", DOCUMENTS, dtype, sequences), 50)
+    assert len(dataset) == sequences * len(DOCUMENTS) and len(dataset.document_indices) == len(DOCUMENTS) + 1
+    assert split_tokens(dataset, range(len(dataset))).tolist() == [i for document in DOCUMENTS for i in document]
+
+
+@pytest.mark.parametrize("vocab_size", [100, 70_000], ids=["uint16", "int32"])
+def test_megatron_reads_what_is_written(tmp_path: Path, vocab_size: int) -> None:
+    """Whole documents, and parts of them, mapped and from the file."""
+    prefix = write(tmp_path / "p", DOCUMENTS, vocab_size)
+    for mapped in (True, False):
+        theirs = IndexedDataset(str(prefix), mmap=mapped)
+        assert [theirs[i].tolist() for i in range(len(theirs))] == [[*document, EOD] for document in DOCUMENTS]
+        assert theirs.get(3, offset=1, length=2).tolist() == [10, 11]
+        assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "refused"),
+    [
+        pytest.param({"tokenizer_sha256": "a" * 64}, False, id="the same"),
+        pytest.param({}, False, id="data that do not say"),
+        pytest.param({"tokenizer_sha256": "b" * 64}, True, id="another"),
+    ],
+)
+def test_a_tokenizer_that_does_not_belong_to_the_data(recorded: dict[str, str], refused: bool) -> None:
+    with pytest.raises(BadInputError, match="is not the one that made the ids") if refused else nullcontext():
+        check_tokenizer({"class": "Tokenizer", "sha256": "a" * 64}, recorded, Path("prepare"))
+
+
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
@@ -66,6 +111,9 @@ DAMAGE = {
     "half a .bin": (lambda prefix: cut(prefix.parent / "p.bin", 7), "has 7 bytes, its .idx says 24"),
     "half an .idx": (lambda prefix: cut(prefix.parent / "p.idx", 40), "p.idx is damaged"),
     "another file": (lambda prefix: (prefix.parent / "p.idx").write_bytes(b"x" * 200), "p.idx is damaged"),
+    "an empty .bin": (lambda prefix: cut(prefix.parent / "p.bin", 0), "p.bin holds no token"),
+    "int64": (lambda prefix: megatrons(prefix, [[1]], np.int64), "of another kind than int32 or uint16"),
+    "negative ids": (lambda prefix: megatrons(prefix, [[5, -3]], np.int32), "holds id -3"),
     "another vocabulary": (lambda prefix: write(prefix, [[99]], 100), "holds id 99, tokenizer.vocab_size is 50"),
 }
 

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,3 +160,66 @@ def test_windows_hold_the_split_of_a_real_file(tmp_path: Path) -> None:
     assert test is not None
     seen = np.bincount(np.concatenate([test[i]["tokens"] for i in range((len(counted) - 1) // SEQ)]), minlength=1000)
     assert (seen <= np.bincount(counted, minlength=1000)).all()
+
+
+class Slow:
+    """Samples whose loading waits until a file is there, and says who loads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index >= 8:
+            (self.folder / f"{os.getpid()}.pid").touch()
+            signal.pause()
+        return SAMPLES[index]
+
+
+def test_a_loading_process_that_dies_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+    loader = Batches(Slow(tmp_path), lambda _: 8, Reading(8, num_workers=1))
+    loader.next()
+    killer = threading.Thread(target=kill_when_there, args=(tmp_path,))
+    killer.start()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        loader.next()
+    killer.join()
+
+
+def kill_when_there(folder: Path) -> None:
+    while not (found := list(folder.glob("*.pid"))):
+        threading.Event().wait(0.01)
+    os.kill(int(found[0].stem), signal.SIGKILL)
+
+
+def test_an_error_while_reading_is_told_by_next() -> None:
+    class Broken(MockSamples):
+        def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        Batches(Broken(SEQ, VOCAB, 64, (1,)), lambda _: 8, Reading(8)).next()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_left_behind(workers: int) -> None:
+    """No thread, process or shared memory, though more was loaded ahead than used."""
+
+    def there() -> set[object]:
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+        memory = [name for name in os.listdir("/dev/shm") if name.startswith("torch")]
+        return {*threads, *(child.pid for child in multiprocessing.active_children()), *memory}
+
+    before = there()
+    loader = batches(2, num_workers=workers)
+    loader.next()
+    made = there() - before
+    assert len(made) >= max(workers, 1)
+    del loader
+    gc.collect()
+    for one in made:
+        if isinstance(one, threading.Thread):
+            one.join(timeout=30)
+    assert there() <= before
