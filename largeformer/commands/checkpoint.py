@@ -45,7 +45,9 @@ def convert(
     weights: Annotated[
         Literal["model", "fp32"], typer.Option("--weights", help="In the model's dtype, or the float32 masters of the optimizer.")
     ] = "model",
-    max_shard_gib: Annotated[float, typer.Option("--max-shard-gib", min=0.001, metavar="N", help="Size at which a new file begins.")] = 5.0,
+    max_shard_gib: Annotated[
+        float, typer.Option("--max-shard-gib", min=0.0001, metavar="N", help="Size at which a new file begins.")
+    ] = 5.0,
 ) -> int:
     """Write whole tensors under their global names: a consolidated safetensors folder, with an index where there are several files."""
     from largeformer.stages import checkpoint as stage

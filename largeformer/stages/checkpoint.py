@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,12 @@ def show_list(source: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"checkpoints": rows}, indent=2))
         return 0
-    table = Table("step", "samples", "tokens", "val_loss", "GiB", "layout", "files", box=None, pad_edge=False)
+    table = Table("step", "samples", "tokens", "val_loss", "size", "layout", "files", box=None, pad_edge=False)
     for row in rows:
         number = ["-" if row[key] is None else f"{row[key]:,}" for key in ("samples", "tokens")]
         loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         state = "complete" if not row["problems"] else f"damaged: {row['problems'][0]}"
-        table.add_row(f"{row['step']:,}", *number, loss, f"{row['bytes'] / GIB:.3f}", row["layout"] or "-", state)
+        table.add_row(f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", state)
     Console(soft_wrap=True).print(table)
     return 0
 
@@ -57,7 +58,7 @@ def inspect(source: Path, as_json: bool) -> int:
     """What one checkpoint says of itself, and its tensors as its headers describe them."""
     from largeformer.training.checkpointing import read_state
 
-    path = _valid(source)
+    path = _valid(source, hashes=False)
     record = read_state(path)
     tensors = {part: list(held) for part, held in _parts(path).items()}
     weights = sum(_count(place) for place in tensors["weights"])
@@ -73,7 +74,7 @@ def inspect(source: Path, as_json: bool) -> int:
     for name in record["extra"]:
         print(f"  extra          {name}")
     for part, places in tensors.items():
-        print(f"  {part}: {len(places)} tensors, {sum(place.nbytes for place in places) / GIB:.3f} GiB")
+        print(f"  {part}: {len(places)} tensors, {_size(sum(place.nbytes for place in places))}")
         for place in places:
             print(f"    {place.name:<78} {str(place.dtype).removeprefix('torch.'):<9} {list(place.shape)}")
     return 0
@@ -83,7 +84,7 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
     """Write the whole tensors into the folder `output`, one in memory at a time. The folder appears when it is complete."""
     if output.exists():
         raise BadInputError(f"--output {output} is there already: name a folder that is not, or move it away")
-    path = _valid(source)
+    path = _valid(source, below="" if masters else "weights/")
     wanted = _wanted(_parts(path), masters)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -101,10 +102,10 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
     return 0
 
 
-def _valid(source: Path) -> Path:
+def _valid(source: Path, hashes: bool = True, below: str = "") -> Path:
     from largeformer.checkpoint.verify import find
 
-    found = find(source)
+    found = find(source, hashes, below)
     for refused in found.refused:
         Console(stderr=True, soft_wrap=True).print(f"{refused}; using {found.checkpoint.name} instead", highlight=False)
     return found.checkpoint
@@ -185,6 +186,12 @@ def _row(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _described(place: Place) -> dict[str, Any]:
     return {"name": place.name, "dtype": str(place.dtype).removeprefix("torch."), "shape": list(place.shape)}
+
+
+def _size(count: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB")
+    power = min(int(math.log2(count) // 10), 3) if count else 0
+    return f"{count / 2 ** (10 * power):,.{1 if power else 0}f} {units[power]}"
 
 
 def _count(place: Place) -> int:

@@ -174,7 +174,7 @@ def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, f
     )
     if found is not None:
         for refused in found.refused:
-            tracker.event("refused", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)
+            tracker.event("checkpoint damaged", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)
         tracker.event("resumed", state.progress.step, checkpoint=found.checkpoint.name)
     return tracker
 

@@ -40,6 +40,7 @@ ALERTS: Mapping[str, str] = MappingProxyType(
         "straggler": "WARN",
         "replica differs": "ERROR",
         "checkpoint failed": "ERROR",
+        "checkpoint damaged": "WARN",
     }
 )
 """Kind of event -> level of the alert that W&B sends to whoever asked for it. A step that fp16 skips to find its scale is none."""

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -97,7 +98,7 @@ class Contents:
 
 def contents_of(engine: Engine, state: TrainingState, config_yaml: str) -> Contents:
     """Collective: the ranks settle who writes what."""
-    random = [Block(name, value, (0,) * value.dim(), tuple(value.shape)) for name, value in rng_states().items()]
+    random = [Block(name, value.clone(), (0,) * value.dim(), tuple(value.shape)) for name, value in rng_states().items()]
     record = {
         "format": FORMAT,
         "layout": asdict(engine.groups.layout),
@@ -161,11 +162,7 @@ def load_training_state(checkpoint: Path, engine: Engine, seed: int = 0) -> Trai
     engine.restore_scaler(record["loss_scaler"])
     progress = Progress(**record["progress"])
     if record["layout"] == asdict(engine.groups.layout):
-        path = checkpoint / RANDOM / f"rank_{engine.groups.rank:05d}{SUFFIX}"
-        try:
-            restore_rng_states(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(f"{path} cannot be read ({error})") from None
+        restore_rng_states(random_states(checkpoint, engine.groups.rank))
     else:
         at = engine.groups.coordinates
         seed_ranks(seed + 1_000_003 * progress.step, at.tensor, at.data, at.pipeline)
@@ -176,6 +173,15 @@ def open_tensors(checkpoint: Path, part: str) -> Tensors:
     """The tensors of one folder of a checkpoint. Collective: rank 0 reads the headers, for all."""
     stored = from_main(lambda: read_headers(checkpoint, [name for name in read_manifest(checkpoint) if name.startswith(f"{part}/")]))
     return Tensors(checkpoint / part, stored)
+
+
+def random_states(checkpoint: Path, rank: int) -> dict[str, torch.Tensor]:
+    """What `rng_states` gave on `rank`. Raises DamagedError where its file cannot be read."""
+    path = checkpoint / RANDOM / f"rank_{rank:05d}{SUFFIX}"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{path} cannot be read ({error})") from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

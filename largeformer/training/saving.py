@@ -135,7 +135,7 @@ class Checkpoints:
 
     def _tell_failure(self, step: int, error: SaveError) -> None:
         self._failure = error
-        self._tracker.event("save failed", step, reason=str(error))
+        self._tracker.event("checkpoint failed", step, reason=str(error))
         if is_main():
             _log.warning("%s; earlier checkpoints are untouched, and training goes on: make room in %s", error, self._folder)
 

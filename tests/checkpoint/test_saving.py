@@ -113,7 +113,7 @@ def save_on_a_full_disk(ranks: RankContext, folder: Path, async_save: bool, fail
 @pytest.mark.parametrize("async_save", MODES.values(), ids=MODES)
 def test_a_full_disk_costs_one_checkpoint(ranks: Ranks, tmp_path: Path, async_save: bool, failing: int) -> None:
     for events, left, last, after in ranks(2).run(save_on_a_full_disk, tmp_path, async_save, failing):
-        assert events.told == [("saved", 1), ("save failed", 2), ("saved", 3), ("save failed", 4)]
+        assert events.told == [("saved", 1), ("checkpoint failed", 2), ("saved", 3), ("checkpoint failed", 4)]
         assert left == [1] and after == [1, 3]
         assert all(f"rank {failing}: " in reason and "File too large" in reason for reason in (*events.reasons, last))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000003"]
