@@ -18,8 +18,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. memory_gib: what a program can have of it. peak_tflops: dense, bf16 and fp16. hbm_gb_s: memory bandwidth. link_gb_s: to its neighbours in the node. network_gbit_s: to other nodes, its share. watts: board
-    power. family: whose shares of these peaks are reached, see `planning/efficiency.py`. source: where the figures stand."""
+    """One accelerator. memory_gib: what a program can have of it. peak_tflops: dense, bf16 and fp16. hbm_gb_s: memory bandwidth.
+    link_gb_s: to its neighbours in the node. network_gbit_s: to other nodes, its share. watts: board power. family: whose shares of
+    these peaks are reached, see `planning/efficiency.py`. source: where the figures stand."""
 
     name: str
     memory_gib: float

@@ -26,8 +26,8 @@ class RankMemory:
     """Bytes on one rank of a pipeline stage; `ranks` of them are alike.
 
     activation_bytes: kept for the backward at the worst moment, what is recomputed then, and a layer's gradients. logits_bytes: the
-    head's gradients and one chunk of logits. buffer_bytes: buckets, gathered weights, states between stages, gradients beside their final partition.
-    allowance_bytes: fragmentation and the libraries' own.
+    head's gradients and one chunk of logits. buffer_bytes: buckets, gathered weights, states between stages, gradients beside their
+    final partition. allowance_bytes: fragmentation and the libraries' own.
     """
 
     stage: int
