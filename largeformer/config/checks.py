@@ -13,6 +13,7 @@ from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
+from largeformer.config.tokenizer_rules import tokenizer_problems
 from largeformer.layout import batch_problems, shape_problems
 
 
@@ -30,6 +31,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_retention_problems(recipe),
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
         *data_problems(recipe),
+        *tokenizer_problems(recipe.tokenizer),
     ]
 
 

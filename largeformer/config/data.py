@@ -13,25 +13,36 @@ from largeformer.config.section import Positive, PositiveInt, Section
 
 
 class TokenizerConfig(Section):
-    """A SentencePiece model: trained by `prepare`, or read from `model`. `vocab_size` is stated either way, so that
-    `plan` and `--dry-run` need no tokenizer; a tokenizer of another size is refused when it is opened."""
+    """A SentencePiece model, trained by `prepare` or read from `model`; or a Hugging Face `tokenizer.json`, always read from `model`.
 
-    type: Literal["sentencepiece"] = "sentencepiece"
+    `vocab_size` is stated either way, so that `plan` and `--dry-run` need no tokenizer; a tokenizer of another size is refused when it
+    is opened. `eod_token` ends every document: `</s>` unless given, and always given for a Hugging Face tokenizer, whose file does not
+    say. `user_symbols` become single ids wherever they stand in text. Training reads a sample of at most `sample_bytes`.
+    """
+
+    type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     model_type: Literal["bpe", "unigram"] = "bpe"
     vocab_size: PositiveInt
     model: str | None = None
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
     byte_fallback: bool = True
+    user_symbols: tuple[str, ...] = ()
+    sample_bytes: PositiveInt | None = None
+    eod_token: str | None = None
+    pad_token: str | None = None
 
 
 class SourceConfig(Section):
-    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens.
+    """One source of text: a file, a folder, a glob, or the built-in corpus `python-docs`; `mock` makes random tokens. Or a Megatron
+    pair, by its `.bin`, its `.idx` or their common name.
 
-    `split`: this source's own shares of train, valid and test instead of `data.split`; "0,1,0" keeps it for validation.
+    `text_key`: the field that holds the text in JSON lines. `split`: this source's own shares of train, valid and test instead of
+    `data.split`; "0,1,0" keeps it for validation.
     """
 
     path: str
     weight: Positive = 1.0
+    text_key: Annotated[str, Field(min_length=1)] = "text"
     split: str | None = None
 
 
@@ -48,6 +59,8 @@ class DataConfig(Section):
     cleaning: tuple[CleaningStep, ...] = ()
     deduplicate: DeduplicateConfig | None = None
     augment: AugmentConfig | None = None
+    max_document_bytes: Annotated[int, Field(ge=2**15, le=2**30)] = 2**23
+    prepare_workers: PositiveInt | None = None
     num_workers: Annotated[int, Field(ge=0)] = 0
     reset_attention_mask: bool = False
     reset_position_ids: bool = False

@@ -201,10 +201,11 @@ class Recipe(Section):
 
     def identity(self, stage: str) -> dict[str, Any]:
         """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names."""
+        unused = {"num_workers", "prepare_workers", "quarantine_threshold"}
         order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment"}
         tokenizer_and_data: dict[str, Any] = {
             "tokenizer": self.tokenizer.model_dump(mode="json"),
-            "data": self.data.model_dump(mode="json", exclude={"num_workers", *(order if stage == "prepare" else ())}),
+            "data": self.data.model_dump(mode="json", exclude={*unused, *(order if stage == "prepare" else ())}),
             "seed": self.run.seed,
         }
         if stage == "prepare":

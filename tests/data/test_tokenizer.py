@@ -9,7 +9,10 @@ import pytest
 import sentencepiece
 
 from largeformer.config.data import TokenizerConfig
-from largeformer.data.tokenizer import SPECIAL_TOKENS, MockTokenizer, Tokenizer, _sample, load_tokenizer, train_tokenizer
+from largeformer.config.tokenizer_rules import SPECIAL_TOKENS
+from largeformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from largeformer.data.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, missing_symbols
+from largeformer.data.tokenizer_training import _sample, train_tokenizer
 from largeformer.errors import BadInputError
 
 TEXTS = [
@@ -46,7 +49,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model_path: Path) -> Tokenizer:
-    return load_tokenizer(model_path, 400)
+    return load_tokenizer(model_path, CONFIG)
 
 
 @pytest.mark.parametrize("text", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
@@ -56,7 +59,7 @@ def test_text_survives_and_its_bytes_are_counted(tokenizer: Tokenizer, text: str
     assert int(tokenizer.piece_bytes[ids].sum()) == len(text.encode("utf-8"))
     assert tokenizer.unknown not in ids
     assert all(i >= len(SPECIAL_TOKENS) for i in ids)
-    assert tokenizer.encode_batch(["x", text, "y"])[1] == ids
+    assert tokenizer.encode_array(text).tolist() == ids
 
 
 def test_encoding_is_sentencepieces_own(tokenizer: Tokenizer, model_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_the_sample_is_bounded_and_spread_over_the_whole() -> None:
 
 def test_another_size_is_refused(model_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"has 400 ids, tokenizer\.vocab_size says 512: set it to 400"):
-        load_tokenizer(model_path, 512)
+        load_tokenizer(model_path, TokenizerConfig(vocab_size=512))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x0a\x05hello"], ids=["absent", "empty", "text", "another message"])
@@ -139,7 +142,7 @@ def test_what_is_no_model_is_bad_input(tmp_path: Path, content: bytes | None) ->
     if content is not None:
         (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(BadInputError, match=r"x\.model"):
-        load_tokenizer(tmp_path / "x.model", 400)
+        load_tokenizer(tmp_path / "x.model", CONFIG)
 
 
 def foreign_model(**options: object) -> bytes:
@@ -151,7 +154,9 @@ def foreign_model(**options: object) -> bytes:
 
 
 def test_a_model_made_elsewhere_puts_its_space_in_front_and_takes_it_away() -> None:
-    tokenizer = Tokenizer(foreign_model(add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False))
+    tokenizer = SentencePieceTokenizer(
+        foreign_model(add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    )
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
     assert tokenizer.pad == -1
 
@@ -159,7 +164,37 @@ def test_a_model_made_elsewhere_puts_its_space_in_front_and_takes_it_away() -> N
 def test_a_model_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(foreign_model(eos_id=-1))
     with pytest.raises(BadInputError, match="no end-of-sentence id"):
-        load_tokenizer(tmp_path / "x.model", 330)
+        load_tokenizer(tmp_path / "x.model", TokenizerConfig(vocab_size=330))
+
+
+def test_another_control_symbol_may_end_documents(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(foreign_model(eos_id=-1, control_symbols=["<eot>", "<fill>"]))
+    tokenizer = load_tokenizer(tmp_path / "x.model", TokenizerConfig(vocab_size=330, model="x", eod_token="<eot>", pad_token="<fill>"))
+    assert (tokenizer.decode([tokenizer.eod]), tokenizer.pad) == ("", tokenizer.eod + 1)
+    assert pickle.loads(pickle.dumps(tokenizer)).eod == tokenizer.eod
+    with pytest.raises(BadInputError, match="no control symbol 'def'"):  # a piece of text is none
+        load_tokenizer(tmp_path / "x.model", TokenizerConfig(vocab_size=330, model="x", eod_token="def"))
+
+
+def test_user_symbols_are_single_ids_in_text_and_are_text(tmp_path: Path) -> None:
+    config = TokenizerConfig(vocab_size=340, user_symbols=("<CODE>", "<URL>"))
+    tokenizer = train_tokenizer(TEXTS, config, tmp_path / "model", symbols=("<URL>", "<NUM>"))
+    text = "see <URL>, <NUM>字<CODE><CODE>"
+    ids = tokenizer.encode(text)
+    first = len(SPECIAL_TOKENS)
+    assert [i for i in ids if first <= i < first + 3] == [first + 1, first + 2, first, first]
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.piece_bytes[ids].sum()) == len(text.encode())
+    assert missing_symbols(tokenizer, ["<CODE>", "<URL>", "<NUM>", "<EMAIL>", "zqx"]) == ["<EMAIL>", "zqx"]
+
+
+def test_training_reads_no_more_than_it_may(tmp_path: Path) -> None:
+    texts = iter(TEXTS * 5)
+    small = train_tokenizer(texts, TokenizerConfig(vocab_size=330, sample_bytes=20_000), tmp_path / "a")
+    assert next(texts, None) is None  # the sample is spread over all of it
+    assert small.encode("def function_1") != []
+    with pytest.raises(BadInputError, match=r"more than \d\d\d bytes of text"):
+        train_tokenizer(TEXTS, TokenizerConfig(vocab_size=2000, sample_bytes=200), tmp_path / "b")
 
 
 def test_random_tokens_stand_for_a_byte_each() -> None:
