@@ -1,20 +1,21 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from largeformer.data.text import DOCUMENT_BYTES, Document, Rejected, documents, source_files, split_text
+from largeformer.data.sources import source_files
+from largeformer.data.text import DOCUMENT_BYTES, Document, Rejected, split_text
+from largeformer.data.units import documents
 from largeformer.errors import BadInputError
 
 KIB = 1024
 
 
 def texts(content: bytes) -> list[str]:
-    found = list(split_text(io.BytesIO(content), "file.txt"))
+    found = list(split_text(content, "file.txt"))
     assert all(isinstance(item, Document) for item in found)
     return [item.text for item in found if isinstance(item, Document)]
 
@@ -53,7 +54,7 @@ def test_blank_files_have_no_documents() -> None:
 
 def test_a_document_knows_its_line() -> None:
     content = paragraph(20 * KIB, "a") + paragraph(20 * KIB, "b") + b"\xff\n"
-    found = list(split_text(io.BytesIO(content), "file.txt"))
+    found = list(split_text(content, "file.txt"))
     lines_of_a = paragraph(20 * KIB, "a").count(b"\n")
     # The bad byte lies in the second document, whose reason names the byte's own line.
     assert [(type(item), item.line) for item in found] == [(Document, 1), (Rejected, 2 * lines_of_a + 1)]

@@ -1,0 +1,127 @@
+"""Which files a source of the recipe is: one file, a folder, a glob, the built-in corpus, or a Megatron pair."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from largeformer.errors import BadInputError
+
+PYTHON_DOCS = "python-docs"
+MOCK = "mock"
+# A Python installation may lack its tests, and carries packages that are not its own.
+_NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_TOPICS = "pydoc_data/topics.py"
+_JSON_LINES = (".jsonl", ".ndjson")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of text and the name that it is shown by."""
+
+    path: Path
+    name: str
+
+    @property
+    def compression(self) -> str | None:
+        """`gzip`, `zstd`, or None; the file's name says which."""
+        return _COMPRESSED.get(self.path.suffix)
+
+    @property
+    def is_json_lines(self) -> bool:
+        suffixes = self.path.suffixes[:-1] if self.compression else self.path.suffixes
+        return suffixes[-1:] != [] and suffixes[-1] in _JSON_LINES
+
+    @property
+    def fingerprint(self) -> tuple[int, int]:
+        """Size in bytes and time of last change in nanoseconds: what differs when the file was written anew."""
+        stat = self.path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    @property
+    def content(self) -> bytes | None:
+        """The text of the one file that is not read as it stands, pydoc's topics; None for every other."""
+        if self.name != f"{PYTHON_DOCS}/{_TOPICS}":
+            return None
+        from pydoc_data.topics import topics  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        return "\n\n".join(topics[title] for title in sorted(topics)).encode("utf-8")
+
+
+def text_files(source: str) -> list[SourceFile]:
+    """The files of a source of text, in the order in which they are read. Raises BadInputError where there are none."""
+    if source == PYTHON_DOCS:
+        root = _standard_library_root()
+        return [SourceFile(path, f"{PYTHON_DOCS}/{path.relative_to(root).as_posix()}") for path in source_files(source)]
+    return [SourceFile(path, str(path)) for path in source_files(source)]
+
+
+def source_files(source: str) -> list[Path]:
+    """The files of a source in a fixed order: of a folder all that are not hidden. Raises BadInputError where there are none."""
+    if source == PYTHON_DOCS:
+        return _standard_library()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = _walk(path, skipped=set())
+        if not files:
+            raise BadInputError(f"data.sources path {source!r} is a folder without files: put text or .jsonl files there")
+    elif path.exists():
+        files = [path]
+    else:
+        files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+        if not files:
+            raise BadInputError(f"data.sources path {source!r} does not exist (looked from {os.getcwd()}): give a file, a folder or a glob")
+    unreadable = [str(file) for file in files if not os.access(file, os.R_OK)]
+    if unreadable:
+        raise BadInputError(f"data.sources path {source!r}: no permission to read {', '.join(unreadable[:3])}")
+    pairs = [str(file) for file in files if file.suffix in (".bin", ".idx")]
+    if pairs:
+        raise BadInputError(
+            f"data.sources path {source!r} holds files of Megatron pairs ({', '.join(pairs[:3])}): name each pair as a source of its own"
+        )
+    if not any(file.stat().st_size for file in files):
+        raise BadInputError(f"data.sources path {source!r} is empty (0 bytes): give a source that holds text")
+    return files
+
+
+def pair_prefix(source: str) -> Path | None:
+    """The common name of a Megatron pair that `source` names, by its `.bin`, its `.idx` or without an ending; None for other sources.
+
+    Raises BadInputError where one half of it is missing.
+    """
+    path = Path(source).expanduser()
+    named = path.suffix in (".bin", ".idx") and not path.is_dir() and not glob.has_magic(source)
+    prefix = path.with_suffix("") if named else path
+    halves = [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx")] if prefix.name else []
+    missing = [str(half) for half in halves if not half.is_file()]
+    if named and missing:
+        raise BadInputError(
+            f"data.sources path {source!r} is one of a Megatron pair, but {' and '.join(missing)} is not there: give both files"
+        )
+    return prefix if halves and not missing and (named or not path.exists()) else None
+
+
+def _walk(root: Path, skipped: set[str]) -> list[Path]:
+    """Every file below `root` in the order of its relative path, without hidden files and the folders named in `skipped`."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
+
+
+def _standard_library() -> list[Path]:
+    """The standard library of the running Python, about 12 MB: its sources, and in their place among them pydoc's topics."""
+    root = _standard_library_root()
+    files = [file for file in _walk(root, _NOT_STANDARD_LIBRARY) if file.suffix == ".py"]
+    if not files:
+        raise BadInputError(f"data.sources path {PYTHON_DOCS!r}: this Python has no library sources in {root}; give text of your own")
+    return files
+
+
+def _standard_library_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
