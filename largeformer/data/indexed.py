@@ -8,72 +8,21 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from largeformer.artifact import commit
+from largeformer.data.indexed_writer import IndexedWriter as IndexedWriter
+from largeformer.data.indexed_writer import bin_path, idx_path
 from largeformer.errors import BadInputError
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 _CHECKED_IDS = 2**22
-
-
-def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def idx_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
-
-
-@dataclass
-class Counts:
-    """What went into one pair. `bytes` is UTF-8 text; `tokens` counts the end of each document too."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    unknown: int = 0
-
-
-class IndexedWriter:
-    """Writes `<prefix>.bin/.idx`. The pair has its names only after a clean end of the `with` block: never half of it."""
-
-    def __init__(self, prefix: Path, vocab_size: int, eod: int) -> None:
-        self.prefix, self.vocab_size, self.eod = prefix, vocab_size, eod
-        self.counts = Counts()
-        self._bin = bin_path(prefix).with_suffix(".bin.tmp")
-        self._idx = idx_path(prefix).with_suffix(".idx.tmp")
-        self._builder = IndexedDatasetBuilder(str(self._bin), dtype=DType.optimal_dtype(vocab_size))
-
-    def add(self, ids: Iterable[int]) -> None:
-        """Add one document; its end is marked here."""
-        document = np.fromiter(ids, dtype=np.int64)
-        assert document.size == 0 or (document.min() >= 0 and document.max() < self.vocab_size)
-        document = np.append(document, self.eod)
-        self._builder.add_document(document, [document.size])
-        self.counts.documents += 1
-        self.counts.tokens += document.size
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self._builder.finalize(str(self._idx))
-            commit(self._bin, bin_path(self.prefix))
-            commit(self._idx, idx_path(self.prefix))
-            return
-        self._builder.data_file.close()
-        self._bin.unlink(missing_ok=True)
 
 
 def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
