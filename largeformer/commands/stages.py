@@ -11,13 +11,18 @@ from largeformer.commands.arguments import Config, DryRun, Fresh, From, MaybeCon
 
 
 def prepare(
-    config: Config, overrides: Overrides = None, fresh: Fresh = False, dry_run: DryRun = False, world_size: WorldSize = None
+    config: Config,
+    overrides: Overrides = None,
+    append: Annotated[bool, typer.Option("--append", help="Add new sources or files to what is prepared, with its tokenizer.")] = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
 ) -> int:
     """Text to tokenizer and indexed dataset."""
     recipe = load(config, overrides, dry_run, world_size)
     from largeformer.stages import prepare as stage
 
-    return exit_code(stage.run_or_wait(recipe, fresh=fresh))
+    return exit_code(stage.run_or_wait(recipe, fresh=fresh, append=append))
 
 
 def pretrain(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from largeformer.artifact import Artifact, identity_hash, read_status, write_status
 from largeformer.config.schema import Recipe
+from largeformer.data.encoding import Encoder, Task
 from largeformer.data.indexed import open_indexed
-from largeformer.data.tokenizer import MockTokenizer, Tokenizer
+from largeformer.data.merging import Merger
+from largeformer.data.tokenizer import MockTokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
 from tests.recipes import tiny_recipe
@@ -21,7 +24,7 @@ ROWS = [f"row {i}: the quick brown fox, number {i * 37}, jumps over 犬 {i}\n" f
 
 
 def recipe(folder: Path, *sources: str, **sections: Any) -> Recipe:
-    data = {"sources": [{"path": source} for source in sources], "split": "80,10,10", **sections.pop("data", {})}
+    data = {"sources": [{"path": source} for source in sources] or None, "split": "80,10,10", **sections.pop("data", {})}
     tokenizer = {"vocab_size": 360, **sections.pop("tokenizer", {})}
     return tiny_recipe(run={"output_dir": str(folder / "run")}, data=data, tokenizer=tokenizer, **sections)
 
@@ -47,9 +50,8 @@ def test_text_becomes_ids_that_decode_to_it(tmp_path: Path, text: str, rows: str
     folder = tmp_path / "run" / "prepare"
     assert artifact == Artifact.read(folder)
     assert artifact.identity == identity_hash(made.identity("prepare"))
-    assert sorted(os.listdir(folder)) == sorted(
-        ["manifest.json", "config.yaml", "quarantine.jsonl", "tokenizer.model", "0-text.bin", "0-text.idx", "1-rows.bin", "1-rows.idx"]
-    )
+    beside = ["config.yaml", "files.jsonl", "manifest.json", "quarantine.jsonl", "report.html", "statistics.json", "tokenizer.model"]
+    assert sorted(os.listdir(folder)) == ["0-text.bin", "0-text.idx", "1-rows.bin", "1-rows.idx", *beside]
     tokenizer = prepare.open_tokenizer(made, folder)
     (first, _), (second, weight) = prepare.prefixes(made, folder)
     documents = [open_indexed(prefix, 360) for prefix in (first, second)]
@@ -106,27 +108,106 @@ def test_another_recipes_folder_is_refused_or_set_aside(tmp_path: Path, text: st
     assert [artifact and artifact.identity for artifact in kept.values()] == [first.identity, wanted, third.identity]
 
 
-def test_an_interrupted_prepare_is_done_again(tmp_path: Path, text: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = recipe(tmp_path, text, rows)
-    encode = Tokenizer.encode_batch
-    calls = []
-
-    def interrupted(self: Tokenizer, texts: list[str]) -> list[list[int]]:
-        calls.append(len(texts))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(self, texts)
+def test_what_another_recipe_left_unfinished_is_thrown_away(
+    tmp_path: Path, text: str, rows: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", interrupted)
+        patch.setattr(Merger, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare.run(made)
+            prepare.run(recipe(tmp_path, text, rows))
     folder = tmp_path / "run" / "prepare"
     assert Artifact.read(folder) is None
     assert (read_status(tmp_path / "run") or {})["status"] == "failed"
-    assert "0-text.bin" in os.listdir(folder) and "1-rows.bin" not in os.listdir(folder)
+    assert list(folder.glob("work/0-text/part-*.npz"))
+    (folder / "9-old.bin").touch()
     assert prepare.run(recipe(tmp_path, rows)).metrics["documents"] == 200
-    assert "0-text.bin" not in os.listdir(folder)  # of the recipe that was given up
+    assert "from other sources, or from files that have changed since" in caplog.text
+    assert not {"9-old.bin", "work"} & set(os.listdir(folder))
+
+
+def test_a_file_that_changes_after_an_interruption_is_read_again(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = recipe(tmp_path, rows, data={"quarantine_threshold": 0.0})
+    with pytest.raises(BadInputError, match="what was encoded is kept"):
+        prepare.run(made)
+    with Path(rows).open("a") as handle:
+        handle.write("\n" + json.dumps({"text": "one more"}))
+    assert prepare.run(recipe(tmp_path, rows)).metrics["documents"] == 201
+    assert "files that have changed since" in caplog.text
+
+
+def test_a_raised_threshold_takes_up_what_was_encoded(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInputError, match="raise the threshold"):
+        prepare.run(recipe(tmp_path, rows, data={"quarantine_threshold": 0.0}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded again"))
+        assert prepare.run(recipe(tmp_path, rows)).metrics["rejected"] == 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Encoder.__call__
+
+    def changing(self: Encoder, task: Task) -> tuple[int, int]:
+        with Path(rows).open("a") as handle:
+            handle.write("\n")
+        return encode(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", changing)
+        with pytest.raises(BadInputError, match="changed while they were read"):
+            prepare.run(recipe(tmp_path, rows))
+    assert prepare.run(recipe(tmp_path, rows)).metrics["documents"] == 200
+
+
+def test_broken_lines_are_counted_and_placed_exactly(tmp_path: Path) -> None:
+    """1 % of 10,000 lines, of every kind; the rest is intact, over several units and two processes."""
+    kinds = [b'{"broken', b'{"text": "\xff"}', b'{"body": "x"}', b'{"text": 7}', b"[]", b'{"text": "' + b"z" * 2**15 + b'"}']
+    reasons = ["not JSON", "not UTF-8", "no field 'text'", "JSON int", "JSON list", "longer than data.max_document_bytes"]
+    broken = set(random.Random(0).sample(range(10_000), 100))
+    texts = [f"document {i} " + "word " * (40 + i % 7) for i in range(10_000)]
+    lines = [kinds[i % 6] if i in broken else json.dumps({"text": texts[i]}).encode() for i in range(10_000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    made = recipe(
+        tmp_path,
+        str(path),
+        data={"max_document_bytes": 2**15, "prepare_workers": 2},
+        tokenizer={"sample_bytes": 100_000, "vocab_size": 300},
+    )
+    artifact = prepare.run(made)
+    assert (artifact.metrics["documents"], artifact.metrics["rejected"]) == (9_900, 100)
+    rows = [json.loads(line) for line in (artifact.path / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == sorted(i + 1 for i in broken)
+    assert all(row["file"] == str(path) and reasons[(row["line"] - 1) % 6] in row["reason"] for row in rows)
+    tokenizer = prepare.open_tokenizer(made, artifact.path)
+    dataset = open_indexed(artifact.path / "0-rows", 300)
+    kept = [text for i, text in enumerate(texts) if i not in broken]
+    assert all(tokenizer.decode(dataset[i].tolist()) == kept[i] for i in range(0, 9_900, 61))
+    with pytest.raises(BadInputError, match=r"100 of 10000 inputs were rejected \(1\.00%\).*allows 0\.90%"):
+        prepare.run(recipe(tmp_path / "again", str(path), data={"max_document_bytes": 2**15, "quarantine_threshold": 0.009}))
+
+
+def test_cleaned_and_without_duplicates(tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "doubled.jsonl"
+    path.write_text("\n".join(json.dumps({"body": text}) for row in ROWS for text in (row, row.upper())))
+    data = {"sources": [{"path": rows}, {"path": str(path), "text_key": "body"}], "cleaning": ["lowercase"], "deduplicate": {"exact": True}}
+    made = recipe(tmp_path, data=data)
+    with pytest.raises(BadInputError, match=r"doubled.jsonl': nothing is left of 400 documents \(400 duplicate\)"):
+        prepare.run(made)
+    with path.open("a") as handle:
+        handle.write("\n" + json.dumps({"body": "Something New"}))
+    artifact = prepare.run(made)
+    assert artifact.metrics["dropped"] == {"duplicate": 400}
+    assert [source["documents"] for source in artifact.metrics["sources"]] == [200, 1]
+    tokenizer = prepare.open_tokenizer(made, artifact.path)
+    dataset = open_indexed(artifact.path / "1-doubled", 360)
+    assert tokenizer.decode(dataset[0].tolist()) == "something new"
+    page = (artifact.path / "report.html").read_text()
+    assert "lowercase" in page and "duplicate" in page
 
 
 BAD = {

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.stages.interruptions", str(tmp_path_factory.mktemp("killed"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("case", "kills"), [("alone", 10), ("two workers", 2), ("append", 8)])
+def test_what_is_killed_and_run_again_comes_out_the_same(found: dict[str, dict[str, Any]], case: str, kills: int) -> None:
+    assert found[case]["killed"] == kills
+    assert found[case]["different"] == []
+    assert found[case]["events"] > 50
+    assert {"0-a.bin", "0-a.idx", "1-b.bin", "1-b.idx", "manifest.json", "quarantine.jsonl"} <= set(found[case]["files"])
+    assert not any(name.startswith("work/") or ".tmp" in name for name in found[case]["files"])
