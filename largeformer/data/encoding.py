@@ -46,7 +46,7 @@ class Encoder:
     def __call__(self, task: Task) -> tuple[int, int]:
         """Write the part. Returns the bytes that were read of the files, and the bytes of text in them."""
         notes = Notes(asdict(task.unit.end), input_bytes=task.unit.input_bytes)
-        made = _Documents()
+        made = _Documents(self.tokenizer.eod, self.tokenizer.unknown)
         for document in self._documents(task, notes):
             cleaned = self.cleaner(document.text)
             _note(notes, document, cleaned)
@@ -68,12 +68,8 @@ class Encoder:
                     yield found
 
     def _encode(self, text: str, made: _Documents) -> None:
-        ids = self.tokenizer.encode_array(text)
-        end = np.array([self.tokenizer.eod], dtype=ids.dtype)
-        made.ids += [ids, end]
-        made.lengths.append(len(ids) + 1)
+        made.ids.append(self.tokenizer.encode_array(text))
         made.sizes.append(len(text.encode("utf-8")))
-        made.unknown.append(int(np.count_nonzero(ids == self.tokenizer.unknown)))
         if self.exact:
             made.digests.append(text_digest(text))
         if self.hasher is not None:
@@ -82,21 +78,26 @@ class Encoder:
 
 @dataclass
 class _Documents:
-    """The documents of a unit so far."""
+    """The documents of a unit so far; `ids` without their ends."""
 
+    eod: int
+    unknown: int
     ids: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    unknown: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     signatures: list[np.ndarray] = field(default_factory=list)
 
     def arrays(self, dtype: np.dtype) -> dict[str, np.ndarray]:
-        ids = np.concatenate(self.ids) if self.ids else np.empty(0, dtype=np.int32)
+        lengths = np.array([len(ids) + 1 for ids in self.ids], dtype=np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        end = np.array([self.eod], dtype=np.int32)
+        ids = np.concatenate([part for document in self.ids for part in (document, end)] or [end[:0]])
         assert not ids.size or (ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max)
         return {
             "ids": ids.astype(dtype),
-            **{name: np.array(getattr(self, name), dtype=np.int32) for name in ("lengths", "sizes", "unknown")},
+            "lengths": lengths,
+            "sizes": np.array(self.sizes, dtype=np.int32),
+            "unknown": np.add.reduceat(ids == self.unknown, starts, dtype=np.int32) if ids.size else lengths,
             "digests": np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
             "signatures": np.stack(self.signatures) if self.signatures else np.empty((0, 0), dtype=np.uint32),
         }
@@ -109,16 +110,17 @@ def _note(notes: Notes, document: Document, cleaned: Cleaned) -> None:
         notes.changed[step] = notes.changed.get(step, 0) + 1
     if cleaned.dropped is not None:
         notes.dropped[cleaned.dropped] = notes.dropped.get(cleaned.dropped, 0) + 1
-    kind = {"changed": list(cleaned.changed), "dropped": cleaned.dropped}
-    if not any({name: sample[name] for name in kind} == kind for sample in notes.samples):
-        notes.samples.append(_sample(document, cleaned, kind))
+    kind = (cleaned.changed, cleaned.dropped)
+    if kind not in [(tuple(sample["changed"]), sample["dropped"]) for sample in notes.samples]:
+        notes.samples.append(_sample(document, cleaned))
 
 
-def _sample(document: Document, cleaned: Cleaned, kind: dict[str, Any]) -> dict[str, Any]:
+def _sample(document: Document, cleaned: Cleaned) -> dict[str, Any]:
     before, after = document.text, cleaned.text or ""
     # Begin shortly before the first difference, so that a sample of a long document shows one.
     same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0) if cleaned.changed else 0
     start = max(0, same - _SAMPLE_CHARACTERS // 3)
     shown = slice(start, start + _SAMPLE_CHARACTERS)
     cut = {"before": before[shown], "after": after[shown] if cleaned.text is not None else None}
+    kind = {"changed": list(cleaned.changed), "dropped": cleaned.dropped}
     return {**kind, "file": document.file, "line": document.line, "start": start, "characters": len(before), **cut}

@@ -89,7 +89,7 @@ def _histogram(statistics: Statistics) -> str:
                 f'<rect class=mark x="{x + 1:.1f}" y="{24 + height - tall:.1f}" width="{step - 2:.1f}" height="{max(tall, 1):.1f}" rx="2"/>'
             )
             marks.append(f'<text x="{x + step / 2:.1f}" y="{18 + height - tall:.1f}">{_short(counts[i])}</text>')
-        marks.append(f'<text class=tick x="{x:.1f}" y="{height + 42}">{_short(2**i)}</text></g>')
+        marks.append(f'<text class=tick x="{x:.1f}" y="{height + 42}">{2**i:,}</text></g>')
     svg = f'<svg viewBox="-14 0 {width + 28} {height + 64}" role="img" aria-label="documents by length">{"".join(marks)}'
     axis = f'<line x1="0" x2="{width}" y1="{height + 24}" y2="{height + 24}"/>'
     return f'{svg}{axis}<text class=tick x="{width / 2}" y="{height + 60}">tokens, end of document included</text></svg>'

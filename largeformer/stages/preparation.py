@@ -168,7 +168,9 @@ class Preparation:
         deduplicate = data.deduplicate
         hasher = MinHasher(deduplicate.near) if deduplicate is not None and deduplicate.near is not None else None
         encoder = Encoder(tokenizer, Cleaner(data.cleaning), data.max_document_bytes, deduplicate is not None and deduplicate.exact, hasher)
-        texts = [source for source in sources if source.pair is None]
+        texts = [source for source in sources if source.pair is None and source.files]
+        if not texts:
+            return
         total = sum(source.total_bytes for source in texts)
         workers = (data.prepare_workers or available_cores()) if total > _ALONE_BYTES else 1
         progress.phase("encoding", total)
