@@ -126,12 +126,12 @@ class Results:
     def _split_tokens(self) -> dict[str, int]:
         """Tokens of each split, over all sources."""
         tokens = dict.fromkeys(SPLITS, 0)
-        for source in self.sources:
+        for source, shares in zip(self.sources, self.recipe.data.splits, strict=True):
             prefix = self.work.merged / source.name
             if not idx_path(prefix).exists():
                 prefix = self.work.folder / source.name
             dataset = open_indexed(prefix, self.tokenizer.vocab_size)
-            for name, part in split_documents(self.recipe.data.split, len(dataset)).items():
+            for name, part in split_documents(shares, len(dataset)).items():
                 tokens[name] += len(split_tokens(dataset, part))
         return {f"{name}_tokens": count for name, count in tokens.items()}
 
