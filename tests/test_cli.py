@@ -185,7 +185,8 @@ def test_flags_and_overrides_reach_the_stage(command: str, module: str, monkeypa
     stand_in = stage(monkeypatch, module, object())
     assert cli.main([command, "run.seed=5", "-c", "quickstart", "optimizer.lr=1e-2", "--fresh"]) == 0
     (recipe,), options = stand_in.called
-    assert (recipe.run.seed, recipe.optimizer.lr, options) == (5, 0.01, {"fresh": True})
+    own = {"append": False} if command == "prepare" else {}
+    assert (recipe.run.seed, recipe.optimizer.lr, options) == (5, 0.01, {"fresh": True, **own})
 
 
 @pytest.mark.parametrize(
