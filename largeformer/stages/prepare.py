@@ -96,7 +96,8 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
         status = read_status(folder.parent) or {}
         if status.get("status") == "failed" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
             raise BadInputError(f"prepare failed on the rank that runs it: {status.get('error', 'no reason given')}")
-        if status.get("status") == "requeue" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
+        # No slack here: the run that was stopped a second ago is the one that this one goes on with.
+        if status.get("status") == "requeue" and status.get("stage") == KIND and status.get("time", 0.0) >= since + _CLOCK_SLACK_S:
             raise StopRequested(f"prepare was {status.get('reason')} on the rank that runs it")
         if timeout is not None and time.monotonic() - started > timeout:
             raise TimeoutError(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -63,8 +63,10 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._timeout is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            stacks = self._path.open("w")
             self.beat("the start")
-            self._thread = threading.Thread(target=self._watch, args=(self._timeout,), name="watchdog", daemon=True)
+            self._wind_up(self._timeout, stacks)  # here, since a hang may come before the thread has run at all
+            self._thread = threading.Thread(target=self._watch, args=(self._timeout, stacks), name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -73,26 +75,30 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
 
-    def _watch(self, timeout: float) -> None:
-        tick = min(timeout / _TICKS, _LONGEST_TICK_S)
-        with self._path.open("w") as stacks:
-            while not self._ended.wait(tick):
-                faulthandler.dump_traceback_later(timeout + 2 * tick + self._grace, exit=True, file=stacks)
-                if self._suspended:
-                    continue
-                if (silent := time.monotonic() - self._last) > timeout:
+    def _watch(self, timeout: float, stacks: TextIO) -> None:
+        with stacks:
+            while not self._ended.wait(_tick(timeout)):
+                self._wind_up(timeout, stacks)
+                if not self._suspended and (silent := time.monotonic() - self._last) > timeout:
                     self._end(silent, stacks)
             faulthandler.cancel_dump_traceback_later()
         self._path.unlink()
         with contextlib.suppress(OSError):
             self._path.parent.rmdir()  # by the last rank
 
-    def _end(self, silent: float, stacks: object) -> None:
+    def _wind_up(self, timeout: float, stacks: TextIO) -> None:
+        faulthandler.dump_traceback_later(timeout + 2 * _tick(timeout) + self._grace, exit=True, file=stacks)
+
+    def _end(self, silent: float, stacks: TextIO) -> None:
         sentence = f"no progress for {silent:.0f} s since {self._what} began; the stacks of this rank are in {self._path}"
-        print(sentence, file=stacks, flush=True)  # type: ignore[call-overload]
-        faulthandler.dump_traceback(file=stacks, all_threads=True)  # type: ignore[arg-type]
+        print(sentence, file=stacks, flush=True)
+        faulthandler.dump_traceback(file=stacks, all_threads=True)
         print(f"watchdog: {sentence}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             self._report(sentence)
         time.sleep(self._grace)
         os._exit(EXIT_CODE)
+
+
+def _tick(timeout: float) -> float:
+    return min(timeout / _TICKS, _LONGEST_TICK_S)

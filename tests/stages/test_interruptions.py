@@ -198,9 +198,9 @@ def test_a_rank_that_hangs_with_the_interpreter_locked_is_ended_too(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [f"{VALIDATE} 1", f"{SAVE} 1", f"{FORWARD} 1"], ids=["validating", "saving", "compiling"])
+@pytest.mark.parametrize("where", [f"{SAVE} 1", f"{FORWARD} 1"], ids=["saving", "compiling"])
 def test_the_watchdog_is_patient_where_work_takes_long(tmp_path: Path, where: str) -> None:
-    """A phase six times as long as the watchdog's limit, on one rank."""
+    """A phase six times as long as the watchdog's limit, on one rank. (Of a validation each batch is progress.)"""
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 1.0}, train={"eval_interval": 2, "eval_iters": 2, "train_iters": 3})
     ended = launch(path, ranks=1, faults=f"0 {where} pause:6")
     assert ended.codes == [0], ended.errors
@@ -210,7 +210,7 @@ def test_the_watchdog_is_patient_where_work_takes_long(tmp_path: Path, where: st
 @pytest.mark.slow
 def test_a_run_killed_before_it_had_saved_says_so_next_time(tmp_path: Path) -> None:
     path = recipe(tmp_path, checkpoint={"save_interval": 2})
-    killed = launch(path, ranks=1, faults=f"0 {FORWARD} 9 SIGTERM;0 {SAVE} 3 SIGKILL")
+    killed = launch(path, ranks=1, faults=f"0 {FORWARD} 9 SIGTERM;0 {SAVE} 2 SIGKILL")
     assert killed.codes == [-signal.SIGKILL]
     assert status(path) == {**status(path), "status": "running", "stopping": "SIGTERM"}
     assert launch(path, ranks=1).codes == [0]
