@@ -17,7 +17,7 @@ from largeformer.planning.step import Job
 
 _CONTEXT_GIB = 0.8  # of CUDA, its kernels and matrix libraries; not counted by PyTorch's allocator
 _GROUP_GIB = 0.2  # of NCCL for each kind of group that is larger than one rank
-_CPU_LIBRARIES_GIB = 0.7  # of the process itself: PyTorch, Megatron-core, DeepSpeed
+_CPU_LIBRARIES_GIB = 0.5  # of the process itself: PyTorch, Megatron-core, DeepSpeed
 _FRAGMENTATION = 0.05  # of what comes and goes: blocks that the allocator holds and cannot use
 
 
