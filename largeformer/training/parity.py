@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from largeformer.config.schema import Recipe
+from largeformer.data.packing import Packing
 from largeformer.models.gather import gather_full
 from largeformer.models.gpt import build_gpt
 from largeformer.parallel.batch import Batch
@@ -77,11 +78,13 @@ def uneven_batches(recipe: Recipe, groups: ParallelGroups, device: torch.device)
     tokens = torch.randint(recipe.tokenizer.vocab_size, (rows, length + 1), generator=generator)
     mask = (torch.rand(rows, length, generator=generator) < torch.linspace(0.2, 1.0, rows)[:, None]).float()
     size, data = recipe.train.micro_batch_size, groups.layout.data
+    # An id that stands in the batch for certain ends documents, where the recipe keeps them apart.
+    packing = Packing.of(recipe.data, eod=int(tokens[0, length // 3]))
     for start in range(groups.coordinates.data * size, rows, size * data):
         ids = range(start, start + size)
         mine = slice(start, start + size)
-        positions = torch.arange(length).expand(size, -1).contiguous()
-        yield Batch(tokens[mine, :-1].contiguous(), tokens[mine, 1:].contiguous(), mask[mine], positions, tuple(ids)).to(device)
+        inputs, labels = tokens[mine, :-1].contiguous(), tokens[mine, 1:].contiguous()
+        yield packing.batch(inputs.numpy(), labels.numpy(), mask[mine].numpy(), tuple(ids)).to(device)
 
 
 def compare(reference: Measurement, other: Measurement) -> list[Difference]:
