@@ -27,6 +27,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
         *augment_problems(recipe.data.augment, recipe.model.family, recipe.data.sampling.type),
+        *_sample_problems(recipe),
         *cleaning_problems(recipe.data.cleaning, recipe.data.deduplicate),
         *_retention_problems(recipe),
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
@@ -142,4 +143,22 @@ def _retention_problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"checkpoint.keep_best {checkpoint.keep_best} compares validations, and checkpoint.save_interval {checkpoint.save_interval} "
             f"is not a multiple of train.eval_interval {interval}: make it one, so that each saved step is validated"
+        )
+
+
+def _sample_problems(recipe: Recipe) -> Iterator[str]:
+    """What stands against generating with the model as it is trained."""
+    if not recipe.tracking.sample_prompts:
+        return
+    parallel = recipe.parallel
+    obstacles = {
+        f"parallel.pipeline_model_parallel_size {parallel.pipeline_model_parallel_size}": parallel.pipeline_model_parallel_size > 1,
+        "parallel.sequence_parallel true": parallel.sequence_parallel,
+        "train.compile true": recipe.train.compile,
+        "data.sources mock": recipe.data.is_mock,
+    }
+    for obstacle in (name for name, there in obstacles.items() if there):
+        yield (
+            f"tracking.sample_prompts cannot be gone on with while training under {obstacle}: leave them out; `largeformer generate` and "
+            "the stage evaluate write text at any layout"
         )

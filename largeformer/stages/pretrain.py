@@ -15,6 +15,7 @@ from largeformer.stages import interruptions, prepare
 from largeformer.stages.claim import claim
 from largeformer.stages.feeding import build_feed
 from largeformer.stages.planned import plan_errors, planned_columns
+from largeformer.stages.sampling import build_sampler
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         folder,
         may_rewind=recipe.guards.rewinds and not rewinds,
         stopping=interruptions.announcer(recipe, STAGE),
-        hanging=interruptions.hanging(recipe, STAGE),
+        hanging=interruptions.hanging(recipe, STAGE, tracker),
     )
     feed = build_feed(recipe, world, prepared, chunks, guards.watchdog)
     training = Training(
@@ -124,6 +125,7 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         machine=_machine(recipe, world),
         device=world.device,
         validate=feed.validate,
+        sample=build_sampler(recipe, world, prepared, chunks, guards.watchdog),
         checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint, retention_policy(recipe)),
         save_interval=recipe.checkpoint.save_interval,
         wandb_run_id=tracker.wandb_run_id,

@@ -34,8 +34,9 @@ def run(folders: Sequence[Path], *, again: bool = False, dry_run: bool = False) 
     if not waiting or dry_run:
         print(f"{len(waiting)} of {len(found)} offline runs wait to be sent" if waiting else f"nothing to send: {len(found)} sent before")
         return 0
-    command = [sys.executable, "-m", "wandb", "sync", *(["--include-synced"] if again else []), *map(str, waiting)]
-    code = subprocess.run(command, check=False).returncode
+    command = [sys.executable, "-m", "wandb", "sync", *(["--include-synced"] if again else []), *(str(path.resolve()) for path in waiting)]
+    # It makes a folder for its own logs where it runs.
+    code = subprocess.run(command, check=False, cwd=waiting[0].parent.parent).returncode
     left = [path for path in waiting if not is_sent(path)]
     print(f"{len(waiting) - len(left)} of {len(waiting)} sent" + (f"; not sent: {', '.join(map(str, left))}" if left else ""))
     return 1 if code or left else 0

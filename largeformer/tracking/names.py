@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 STEP = "step"
 TOKENS = "train/tokens"
@@ -33,17 +34,25 @@ _GROUPS = ("train", "val", "perf", "memory", "plan")
 
 ALERTS: Mapping[str, str] = MappingProxyType(
     {
-        "nonfinite": "ERROR",
+        "not finite": "ERROR",
         "spike": "WARN",
         "rewound": "WARN",
         "stalled": "ERROR",
+        "stopped by a guard": "ERROR",
+        "save failed": "ERROR",
+        "refused": "WARN",
+        "cut short": "WARN",
         "straggler": "WARN",
-        "replica differs": "ERROR",
         "checkpoint failed": "ERROR",
         "checkpoint damaged": "WARN",
     }
 )
-"""Kind of event -> level of the alert that W&B sends to whoever asked for it. A step that fp16 skips to find its scale is none."""
+"""Kind of event -> level of the alert that W&B sends to whoever asked for it. What is not here is the ordinary course of a run."""
+
+
+def event_name(kind: str, fields: Mapping[str, Any]) -> str:
+    """What an event is to be called: a step that fp16 skips to find its loss scale is ordinary, any other skipped step is not."""
+    return "not finite" if kind == "skipped" and fields.get("not_finite") else kind
 
 
 def chart_name(column: str) -> str:

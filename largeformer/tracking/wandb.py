@@ -21,7 +21,7 @@ import wandb
 
 from largeformer.artifact import MANIFEST, Artifact
 from largeformer.config.tracking import WandbConfig
-from largeformer.tracking.names import ALERTS, STEP, TOKENS
+from largeformer.tracking.names import ALERTS, STEP, TOKENS, event_name
 from largeformer.tracking.reading import read_lines
 from largeformer.tracking.tracker import Row, Tracker, chart_values
 from largeformer.tracking.wandb_file import logged_rows
@@ -50,11 +50,13 @@ class WandbTracker(Tracker):
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._name = config.name or run_name
-        self._recorded = _recorded(folder, run_id)
+        self._recorded, line = _recorded(folder, run_id)
         self._run = _start_or_fall_back(config, folder, self._name, record, run_id)
         self._run.define_metric(STEP)
         self._run.define_metric(TOKENS, step_metric=STEP)
         self._run.define_metric("*", step_metric=STEP)
+        # W&B counts rows, and wants the count to rise over all processes of a run; by itself it begins each offline one at 0.
+        self._line = max(line, self._run.step)
         self._tokens: float | None = None
         self._last_step = resume_step
         self._samples: list[list[Any]] = []
@@ -73,9 +75,10 @@ class WandbTracker(Tracker):
         if kind == "rewound":
             self._recorded.clear()  # the steps that come are others, though they have been there before
         self._write(step, {f"events/{kind}": 1})
-        if kind in ALERTS:
-            told = ", ".join(f"{name} {value}" for name, value in fields.items())
-            self._alert(f"{self._name}: {kind}", f"At step {step}{': ' if told else ''}{told}", ALERTS[kind])
+        name = event_name(kind, fields)
+        if name in ALERTS:
+            told = ", ".join(f"{field} {value}" for field, value in fields.items())
+            self._alert(f"{self._name}: {name}", f"At step {step}{': ' if told else ''}{told}", ALERTS[name])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         # A logged table cannot grow, so that each sample logs all of this process's samples anew.
@@ -101,7 +104,8 @@ class WandbTracker(Tracker):
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         axes = {STEP: step} if self._tokens is None else {STEP: step, TOKENS: self._tokens}
-        self._run.log({**axes, **values})
+        self._run.log({**axes, **values}, step=self._line, commit=True)
+        self._line += 1
 
     def _alert(self, title: str, text: str, level: str) -> None:
         self._run.alert(title[:_LONGEST_TITLE], text, level, wait_duration=_BETWEEN_ALERTS)
@@ -164,14 +168,16 @@ def _start(mode: str, config: WandbConfig, folder: Path, name: str, record: Mapp
     )
 
 
-def _recorded(folder: Path, run_id: str) -> dict[str, int]:
-    """The last step that earlier processes logged, of training and of validation rows."""
+def _recorded(folder: Path, run_id: str) -> tuple[dict[str, int], int]:
+    """The last step that earlier processes logged, of training and of validation rows; and the number of the row to come."""
     last: dict[str, int] = {}
+    line = 0
     for row in logged_rows(folder, run_id):
+        line = max(line, row["_step"] + 1)
         for kind, chart in (("train", "train/lr"), ("val", "val/loss")):
             if chart in row:
                 last[kind] = int(row.get(STEP, 0))
-    return last
+    return last, line
 
 
 def _kind(row: Row) -> str:

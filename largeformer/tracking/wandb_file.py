@@ -18,11 +18,13 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def logged_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """What was logged as run `run_id` by processes before this one, in order. `folder` holds the `wandb` folder."""
+    """What was logged as run `run_id` by processes before this one, in order, each with W&B's own count of rows as `_step`. `folder` holds
+    the `wandb` folder."""
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"), key=_begun):
         for item in _messages(path.read_bytes()):
             if item.HasField("history"):
-                yield {(value.key or "/".join(value.nested_key)): json.loads(value.value_json) for value in item.history.item}
+                row = {(value.key or "/".join(value.nested_key)): json.loads(value.value_json) for value in item.history.item}
+                yield {**row, "_step": item.history.step.num}
 
 
 def _begun(path: Path) -> str:

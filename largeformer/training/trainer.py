@@ -50,7 +50,7 @@ class Checkpointer(Protocol):
 @dataclass
 class Training:
     """A run, assembled: what `fit` works with. `parts` are kept in checkpoints, by name. Only `progress`, `validation` and `engine` change
-    as it goes on."""
+    as it goes on. `sample` continues the recipe's prompts: pairs of prompt and text."""
 
     train: TrainConfig
     engine: Engine
@@ -64,6 +64,7 @@ class Training:
     validate: Callable[[], LossTotal]
     checkpoints: Checkpointer
     save_interval: int | None
+    sample: Callable[[], Sequence[tuple[str, str]]] = tuple
     wandb_run_id: str | None = None
     progress: Progress = field(default_factory=Progress)
     validation: dict[str, Any] = field(default_factory=dict)
@@ -107,10 +108,12 @@ def _validate(run: Training, watch: _StopWatch) -> bool:
     """Returns whether to stop early."""
     run.guards.watchdog.beat(f"the validation after step {run.progress.step}")
     with watch.paused():
-        total = run.validate()
+        total, texts = run.validate(), run.sample()
     row = {"val_loss": total.loss, "val_bits_per_byte": total.bits_per_byte}
     run.validation = {"step": run.progress.step, **row}
     run.tracker.log(run.validation)
+    for prompt, text in texts:
+        run.tracker.sample(run.progress.step, prompt, text)
     stop = run.early_stopping.update(row[run.early_stopping.metric])
     if stop:
         run.tracker.event("stopped early", run.progress.step, metric=run.early_stopping.metric, best=run.early_stopping.best)

@@ -23,6 +23,7 @@ from largeformer.tracking.jsonl import JsonlTracker
 from largeformer.tracking.wandb import WandbTracker
 from largeformer.tracking.wandb_login import has_key, login_problems
 from tests.tracking.wandb_records import config, header, history, only_run, runs
+from tests.tracking.wandb_server import wandb_server
 
 
 @pytest.fixture(autouse=True)
@@ -154,11 +155,13 @@ def test_going_back_within_a_process_is_logged(tmp_path: Path) -> None:
 
 def test_alerts(tmp_path: Path) -> None:
     tracker = WandbTracker(WandbConfig(), tmp_path, "r" * 70, {}, "abc")
-    for kind in ("saved", "spike", "stalled", "nonfinite"):
+    tracker.event("skipped", 6, loss_scale=1024.0)
+    for kind in ("saved", "spike", "stalled", "save failed"):
         tracker.event(kind, 7, z=9.5)
+    tracker.event("skipped", 8, not_finite="loss", in_a_row=1)
     tracker.close("finished")
     alerts = [record.alert for record in only_run(tmp_path) if record.HasField("alert")]
-    assert [alert.level for alert in alerts] == ["WARN", "ERROR", "ERROR", "INFO"]
+    assert [alert.level for alert in alerts] == ["WARN", "ERROR", "ERROR", "ERROR", "INFO"]
     assert alerts[0].text == "At step 7: z 9.5" and all(len(alert.title) < 64 for alert in alerts)
 
 
@@ -252,6 +255,27 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
     tracker.close("finished")
     assert ["W&B cannot be reached" in warning for warning in warnings(caplog)] == [True]
     assert history(only_run(tmp_path, "offline-run")) == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_a_network_that_dies_in_mid_run_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Online, and the server goes away: the end gives up waiting, and the file here holds everything, to be sent later."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(adapter, "FINISH_SECONDS", 1.0)
+    tracking = TrackingConfig(wandb=WandbConfig(mode="online"), tensorboard=False)
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb.teardown()
+        trackers = build_trackers(tracking, tmp_path, "r", {"layout": {"tensor": 2}}, 0, 4, wandb_run_id="abc")
+        trackers.log({"step": 1, "loss": 4.0, "lr": 0.1})
+    for step in (2, 3, 4):
+        trackers.log({"step": step, "loss": 5.0 - step, "lr": 0.1})
+    with caplog.at_level(logging.WARNING):
+        trackers.close("finished")
+    assert json.loads(server.runs["abc"].upserts[-1]["config"])["layout"] == {"value": {"tensor": 2}}
+    assert len(warnings(caplog)) == 1 and "WandbTracker cannot record" in warnings(caplog)[0]
+    assert [row["train/loss"] for row in history(only_run(tmp_path, "run")) if "train/loss" in row] == [4.0, 3.0, 2.0, 1.0]
 
 
 NETRC = "machine api.wandb.ai\n  login user\n  password 0123\n"

@@ -4,10 +4,8 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const COLORS = 8, LEFT = 62, RIGHT = 26, TOP = 12, BOTTOM = 26;
-const BAD = /not ?finite|nonfinite|nan|fail|stall|differ|corrupt|crash/i, CALM = /resum|requeue|stop|sav|validat/i;
 
 const color = number => `var(--c${number % COLORS})`;
-const severity = kind => BAD.test(kind) ? "bad" : CALM.test(kind) ? "calm" : "warn";
 
 function draw(parent, name, attributes, text) {
   const node = document.createElementNS(SVG, name);
@@ -168,11 +166,11 @@ class Chart {
     this.curves.forEach((curve, number) => {
       if (this.view.hidden.has(number)) return;
       // What went wrong is drawn last, above what happened at the same step.
-      for (const event of [...curve.events].sort((one, other) => (severity(one.kind) === "bad") - (severity(other.kind) === "bad"))) {
-        const x = this.px(this.place(curve, event.step)), kind = severity(event.kind);
+      for (const event of [...curve.events].sort((one, other) => (one.level === "error") - (other.level === "error"))) {
+        const x = this.px(this.place(curve, event.step));
         const mark = draw(this.inside, "g", {"data-event": event.kind, "data-step": event.step});
-        draw(mark, "line", {x1: x, x2: x, y1: TOP, y2: this.height - BOTTOM, class: `mark mark-${kind}`});
-        draw(mark, "path", {d: `M${x - 4} ${TOP - 8}h8l-4 7z`, class: `flag-${kind}`});
+        draw(mark, "line", {x1: x, x2: x, y1: TOP, y2: this.height - BOTTOM, class: `mark mark-${event.level}`});
+        draw(mark, "path", {d: `M${x - 4} ${TOP - 8}h8l-4 7z`, class: `flag-${event.level}`});
         draw(mark, "title", {}, `step ${event.step}: ${event.kind} ${event.text}`);
       }
     });

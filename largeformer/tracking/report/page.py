@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from largeformer import __version__
-from largeformer.tracking.names import chart_name
+from largeformer.tracking.names import ALERTS, chart_name, event_name
 from largeformer.tracking.report.collect import Run, Stage, shown
 from largeformer.tracking.report.thin import thin
 
@@ -22,6 +22,7 @@ MOST_BUCKETS = 1200
 """Parts of a curve of which the lowest and the highest value are drawn: more than a screen has columns."""
 _BUCKETS_IN_ALL = 5000  # over all curves that are compared, so that the page stays small
 _MOST_EVENTS = 300  # of a kind, drawn and listed
+_KNOWN = ("event", "step", "time")
 _QUIET = ("saved", "sample")  # events that are counted, not drawn: there are many, and nothing went wrong
 
 _TITLES = {
@@ -111,18 +112,21 @@ def _is_number(value: Any) -> bool:
 def _events(stage: Stage) -> Iterator[dict[str, Any]]:
     """What happened, the last of each kind where there were many; a value that was not finite is told like an event."""
     told = [
-        (str(event.get("event")), event["step"], {k: v for k, v in event.items() if k not in ("event", "step", "time")}, event.get("time"))
+        (event_name(str(event.get("event")), event), event["step"], {k: v for k, v in event.items() if k not in _KNOWN}, event.get("time"))
         for event in stage.events
         if event.get("event") not in _QUIET
     ]
-    told += [("not finite", row["step"], row["nonfinite"], None) for row in stage.training if row.get("nonfinite")]
+    named = {step for kind, step, _, _ in told if kind == "not finite"}
+    rows = (row for row in stage.training if row.get("nonfinite") and row["step"] not in named)
+    told += [("not finite", row["step"], row["nonfinite"], None) for row in rows]
     seen: Counter[str] = Counter()
     kept = []
     for kind, step, fields, time in reversed(told):
         seen[kind] += 1
         if seen[kind] <= _MOST_EVENTS:
             text = ", ".join(f"{key} {shown(value)}" for key, value in fields.items()) if isinstance(fields, dict) else shown(fields)
-            kept.append({"kind": kind, "step": step, "text": text, "time": time or ""})
+            level = ALERTS.get(kind, "INFO")
+            kept.append({"kind": kind, "step": step, "text": text, "time": str(time or ""), "level": level.lower()})
     yield from sorted(kept, key=lambda event: event["step"])
 
 

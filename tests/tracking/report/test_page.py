@@ -32,10 +32,10 @@ def test_curves_events_samples_and_lineage(tmp_path: Path) -> None:
     assert curve["series"]["val/loss"] == {"x": [50, 100], "y": [2.95, 2.9]}
     assert curve["tokens"]["y"][:2] == [128, 256]
     assert "train/skipped" not in curve["series"] and "train/tokens" not in curve["series"]
-    assert [(event["kind"], event["step"], event["text"]) for event in curve["events"]] == [
-        ("not finite", 30, "loss NaN"),
-        ("resumed", 60, "checkpoint step_00000050"),
-        ("spike", 80, "z_score 12.5"),
+    assert [(event["kind"], event["step"], event["level"], event["text"]) for event in curve["events"]] == [
+        ("not finite", 30, "error", "loss NaN"),
+        ("resumed", 60, "info", "checkpoint step_00000050"),
+        ("spike", 80, "warn", "z_score 12.5"),
     ]
     assert curve["counts"]["saved"] == 2
     assert ["Best", "2.9000"] in curve["facts"] and ["Peak memory", "1.25 GiB"] in curve["facts"]

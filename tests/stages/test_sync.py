@@ -1,0 +1,89 @@
+"""`largeformer sync` against a server on loopback, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from largeformer import cli
+from largeformer.config.tracking import TrackingConfig
+from largeformer.stages.sync import is_sent, offline_runs
+from largeformer.tracking.build import build_trackers
+from tests.tracking.wandb_server import Server, wandb_server
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(run: Path, steps: range, resume_step: int) -> None:
+    """One process of a run of 9 steps, recorded offline."""
+    tracking = TrackingConfig(tensorboard=False)
+    trackers = build_trackers(tracking, run / "pretrain", "r", {"a": 1}, resume_step, 9, wandb_run_id="abc")
+    for step in steps:
+        trackers.log({"step": step, "loss": 9.0 - step, "lr": 0.1, "tokens": 64 * step})
+    trackers.close("finished" if steps[-1] == 9 else "requeue")
+
+
+def sync(server: Server, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "HOME": str(home), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-m", "largeformer", "sync", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_run_of_two_processes_is_sent_as_one(tmp_path: Path) -> None:
+    """Stopped at step 5, resumed from the checkpoint of step 3. Sent once: a second call has nothing to do."""
+    run = tmp_path / "run"
+    train(run, range(1, 6), 0)
+    train(run, range(4, 10), 3)
+    with wandb_server() as server:
+        first = sync(server, tmp_path, str(run))
+        assert first.returncode == 0 and "2 of 2 sent" in first.stdout, first.stdout + first.stderr
+        second = sync(server, tmp_path, str(run))
+        assert second.returncode == 0 and "nothing to send: 2 sent before" in second.stdout
+    (sent,) = server.runs.values()
+    assert [*server.runs] == ["abc"] and sent.sent == 9
+    assert [(row["step"], row["train/loss"], row["train/tokens"]) for row in sent.rows()] == [(s, 9.0 - s, 64 * s) for s in range(1, 10)]
+    assert not (ROOT / "wandb").exists(), "W&B writes its logs beside the run, not where the command is typed"
+    counts = [row["_step"] for row in sent.rows()]
+    assert counts == sorted({*counts}), "W&B's own count rises over both processes"
+    assert sent.exit_codes == [1, 0]
+    assert [(alert["title"], alert["severity"]) for alert in server.alerts] == [("r: finished", "INFO")]
+
+
+def test_what_is_to_be_sent_is_found_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("pretrain/wandb/offline-run-20260102_000000-b", "distill/wandb/offline-run-20260101_000000-a"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pretrain" / "wandb" / "run-20260103_000000-c").mkdir()
+    later, earlier = tmp_path / "pretrain", tmp_path / "distill"
+    assert [path.name[-1] for path in offline_runs(tmp_path)] == ["a", "b"]
+    assert [path.name[-1] for path in offline_runs(later)] == [path.name[-1] for path in offline_runs(later / "wandb")] == ["b"]
+    assert offline_runs(earlier / "wandb" / "offline-run-20260101_000000-a")[0].name.endswith("a")
+    (offline_runs(earlier)[0] / "run-a.wandb.synced").touch()
+    assert is_sent(offline_runs(earlier)[0])
+    assert cli.main(["sync", str(tmp_path), "--dry-run"]) == 0
+    assert "1 of 2 offline runs wait to be sent" in capsys.readouterr().out
+    assert cli.main(["sync", str(tmp_path), "--dry-run", "--again"]) == 0
+    assert "2 of 2 offline runs wait to be sent" in capsys.readouterr().out
+
+
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sync", str(tmp_path)]) == 2
+    assert "holds no offline run of W&B" in capsys.readouterr().err
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "wandb" / "offline-run-20260101_000000-a").mkdir(parents=True)
+    assert cli.main(["sync", str(tmp_path)]) == 2
+    assert "there is no key for" in capsys.readouterr().err
+
+
+def test_what_the_server_refuses_stays_to_be_sent(tmp_path: Path) -> None:
+    train(tmp_path / "run", range(1, 10), 0)
+    with wandb_server() as server:
+        server.refusing = True
+        done = sync(server, tmp_path, str(tmp_path / "run"))
+    assert done.returncode == 1 and "0 of 1 sent; not sent: " in done.stdout
+    assert not [path for path in tmp_path.rglob("*.synced")]
