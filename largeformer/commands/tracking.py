@@ -23,10 +23,11 @@ def report(
 
 def sync(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, or W&B's own folders in them.")],
+    online: Annotated[bool, typer.Option("--online", help="Send also runs recorded online, whose upload was cut off.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Send also what was sent before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> int:
     """Send runs that W&B recorded offline."""
     from largeformer.stages import sync as stage
 
-    return exit_code(stage.run(runs, again=again, dry_run=dry_run))
+    return exit_code(stage.run(runs, online=online, again=again, dry_run=dry_run))

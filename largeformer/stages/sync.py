@@ -10,17 +10,17 @@ from pathlib import Path
 from largeformer.errors import BadInputError
 
 
-def run(folders: Sequence[Path], *, again: bool = False, dry_run: bool = False) -> int:
+def run(folders: Sequence[Path], *, online: bool = False, again: bool = False, dry_run: bool = False) -> int:
     """Send the offline runs under `folders` (run, stage or `wandb` folders); processes of one run in the order in which they began.
 
-    `again` sends also those that were sent before. Returns 0 once all are sent, 1 where W&B could not send one.
-    Raises BadInputError for a folder without such runs, and without a key.
+    `online` sends also those that were recorded online, for an upload that was cut off; `again` also those sent before. Returns 0 once
+    all are sent, 1 where W&B could not send one. Raises BadInputError for a folder without such runs, and without a key.
     """
     from largeformer.tracking.wandb_login import login_problems
 
     problems, found = [], []
     for folder in folders:
-        here = offline_runs(folder)
+        here = recorded_runs(folder, online)
         if not here:
             problems.append(f"{folder} holds no offline run of W&B (wandb/offline-run-...): name a run's output folder")
         found += here
@@ -34,7 +34,8 @@ def run(folders: Sequence[Path], *, again: bool = False, dry_run: bool = False) 
     if not waiting or dry_run:
         print(f"{len(waiting)} of {len(found)} offline runs wait to be sent" if waiting else f"nothing to send: {len(found)} sent before")
         return 0
-    command = [sys.executable, "-m", "wandb", "sync", *(["--include-synced"] if again else []), *(str(path.resolve()) for path in waiting)]
+    options = [*(["--include-synced"] if again else []), *(["--include-online"] if online else [])]
+    command = [sys.executable, "-m", "wandb", "sync", *options, *(str(path.resolve()) for path in waiting)]
     # It makes a folder for its own logs where it runs.
     code = subprocess.run(command, check=False, cwd=waiting[0].parent.parent).returncode
     left = [path for path in waiting if not is_sent(path)]
@@ -42,12 +43,13 @@ def run(folders: Sequence[Path], *, again: bool = False, dry_run: bool = False) 
     return 1 if code or left else 0
 
 
-def offline_runs(folder: Path) -> list[Path]:
-    """The folders `offline-run-<time>-<id>` at or under `folder`, in the order in which they began."""
-    if folder.name.startswith("offline-run-") and folder.is_dir():
+def recorded_runs(folder: Path, online: bool = False) -> list[Path]:
+    """The folders `offline-run-<time>-<id>` at or under `folder`, in the order of their begin; with `online` also `run-<time>-<id>`."""
+    kinds = ("offline-run-", "run-") if online else ("offline-run-",)
+    if folder.name.startswith(kinds) and folder.is_dir():
         return [folder]
-    here = [path for pattern in ("", "wandb/", "*/wandb/") for path in folder.glob(f"{pattern}offline-run-*") if path.is_dir()]
-    return sorted(here, key=lambda path: path.name)
+    here = [path for kind in kinds for place in ("", "wandb/", "*/wandb/") for path in folder.glob(f"{place}{kind}*") if path.is_dir()]
+    return sorted(here, key=lambda path: path.name.removeprefix("offline-"))
 
 
 def is_sent(run_folder: Path) -> bool:

@@ -12,6 +12,8 @@ packages of its own accord, and any of them may hold a secret.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +102,11 @@ class WandbTracker(Tracker):
         else:
             level = "INFO" if status == "finished" else "ERROR"
             self._alert(f"{self._name}: {status}", f"At step {self._last_step}.", level)
-        self._run.finish(exit_code=0 if status == "finished" else 1)
+        try:
+            _within(FINISH_SECONDS, lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
+        except TimeoutError as error:
+            _end_service()
+            raise TimeoutError(f"the last upload: {error}; the rest lies on disk, for `largeformer sync --online`") from None
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         axes = {STEP: step} if self._tokens is None else {STEP: step, TOKENS: self._tokens}
@@ -149,8 +155,6 @@ def _start(mode: str, config: WandbConfig, folder: Path, name: str, record: Mapp
         x_save_requirements=False,
         x_transaction_log_flush_interval=FLUSH_SECONDS,
         init_timeout=START_SECONDS,
-        finish_timeout=FINISH_SECONDS,
-        finish_timeout_raises=True,
     )
     return wandb.init(
         mode="online" if mode == "online" else "offline",
@@ -191,6 +195,14 @@ def _number(value: Any) -> int:
 def _plain(name: str) -> str:
     """`name` in the characters that an artifact's may have."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name) or "run"
+
+
+def _end_service() -> None:
+    """End W&B's own process, which would go on trying for ever: this program could not end before it."""
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:

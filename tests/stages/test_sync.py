@@ -11,7 +11,7 @@ import pytest
 
 from largeformer import cli
 from largeformer.config.tracking import TrackingConfig
-from largeformer.stages.sync import is_sent, offline_runs
+from largeformer.stages.sync import is_sent, recorded_runs
 from largeformer.tracking.build import build_trackers
 from tests.tracking.wandb_server import Server, wandb_server
 
@@ -58,11 +58,12 @@ def test_what_is_to_be_sent_is_found_and_told(tmp_path: Path, capsys: pytest.Cap
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "pretrain" / "wandb" / "run-20260103_000000-c").mkdir()
     later, earlier = tmp_path / "pretrain", tmp_path / "distill"
-    assert [path.name[-1] for path in offline_runs(tmp_path)] == ["a", "b"]
-    assert [path.name[-1] for path in offline_runs(later)] == [path.name[-1] for path in offline_runs(later / "wandb")] == ["b"]
-    assert offline_runs(earlier / "wandb" / "offline-run-20260101_000000-a")[0].name.endswith("a")
-    (offline_runs(earlier)[0] / "run-a.wandb.synced").touch()
-    assert is_sent(offline_runs(earlier)[0])
+    assert [path.name[-1] for path in recorded_runs(tmp_path)] == ["a", "b"]
+    assert [path.name[-1] for path in recorded_runs(later)] == [path.name[-1] for path in recorded_runs(later / "wandb")] == ["b"]
+    assert recorded_runs(earlier / "wandb" / "offline-run-20260101_000000-a")[0].name.endswith("a")
+    (recorded_runs(earlier)[0] / "run-a.wandb.synced").touch()
+    assert [path.name[-1] for path in recorded_runs(tmp_path, online=True)] == ["a", "b", "c"]
+    assert is_sent(recorded_runs(earlier)[0])
     assert cli.main(["sync", str(tmp_path), "--dry-run"]) == 0
     assert "1 of 2 offline runs wait to be sent" in capsys.readouterr().out
     assert cli.main(["sync", str(tmp_path), "--dry-run", "--again"]) == 0
