@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +16,12 @@ from largeformer.stages.world import World, tell_failure
 from largeformer.training.signals import StopRequested
 
 if TYPE_CHECKING:
-    from largeformer.tracking.tracker import FanOut, Tracker
+    from largeformer.tracking.tracker import Tracker
     from largeformer.training.guards import Guards
     from largeformer.training.rewind import Rewind
 
 LAUNCHER_PATIENCE_S = 30.0
 """Between a signal, or the end of the first rank, and SIGKILL, with DeepSpeed's launcher and torchrun; neither can be told otherwise."""
-RECORD_PATIENCE_S = 5.0
-"""How long the record of a run that hangs may take to note it."""
 
 
 def announcer(recipe: Recipe, stage: str) -> Callable[[str], None]:
@@ -41,17 +38,9 @@ def cut_short(recipe: Recipe) -> str | None:
     return f"stopped by {status['stopping']}, and ended before its checkpoint was complete: the steps since the one before are done again"
 
 
-def hanging(recipe: Recipe, stage: str, tracker: FanOut) -> Callable[[str], None]:
-    """What the watchdog calls: `status.json` says why, whichever rank is left to write it, and so does the run's record, unless
-    that is what hangs."""
-
-    def tell(sentence: str) -> None:
-        tell_failure(recipe, stage, sentence)
-        event = threading.Thread(target=lambda: tracker.event("stalled", tracker.step, reason=sentence), daemon=True)
-        event.start()
-        event.join(RECORD_PATIENCE_S)
-
-    return tell
+def hanging(recipe: Recipe, stage: str) -> Callable[[str], None]:
+    """What the watchdog calls: `status.json` says why, whichever rank is left to write it."""
+    return lambda sentence: tell_failure(recipe, stage, sentence)
 
 
 def stop(guards: Guards, tracker: Tracker, step: int) -> StopRequested:

@@ -111,7 +111,7 @@ def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> 
         folder,
         may_rewind=recipe.guards.rewinds and not rewinds,
         stopping=interruptions.announcer(recipe, STAGE),
-        hanging=interruptions.hanging(recipe, STAGE, tracker),
+        hanging=interruptions.hanging(recipe, STAGE),
     )
     feed = build_feed(recipe, world, prepared, chunks, guards.watchdog)
     training = Training(

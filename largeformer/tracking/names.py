@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 STEP = "step"
 TOKENS = "train/tokens"
@@ -34,13 +33,11 @@ _GROUPS = ("train", "val", "perf", "memory", "plan")
 
 ALERTS: Mapping[str, str] = MappingProxyType(
     {
-        "not finite": "ERROR",
+        "nonfinite": "ERROR",
         "spike": "WARN",
         "rewound": "WARN",
         "stalled": "ERROR",
-        "stopped by a guard": "ERROR",
-        "save failed": "ERROR",
-        "refused": "WARN",
+        "replica differs": "ERROR",
         "cut short": "WARN",
         "straggler": "WARN",
         "checkpoint failed": "ERROR",
@@ -48,11 +45,6 @@ ALERTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Kind of event -> level of the alert that W&B sends to whoever asked for it. What is not here is the ordinary course of a run."""
-
-
-def event_name(kind: str, fields: Mapping[str, Any]) -> str:
-    """What an event is to be called: a step that fp16 skips to find its loss scale is ordinary, any other skipped step is not."""
-    return "not finite" if kind == "skipped" and fields.get("not_finite") else kind
 
 
 def chart_name(column: str) -> str:

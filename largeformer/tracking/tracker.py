@@ -51,10 +51,8 @@ class FanOut(Tracker):
         self.wandb_run_id = wandb_run_id
         self._trackers = tuple(trackers)
         self._reported: set[int] = set()
-        self.step = 0  # of the last row
 
     def log(self, row: Row) -> None:
-        self.step = int(row[STEP] or 0)
         self._each(lambda tracker: tracker.log(row))
 
     def event(self, kind: str, step: int, **fields: Any) -> None:

@@ -23,7 +23,7 @@ import wandb
 
 from largeformer.artifact import MANIFEST, Artifact
 from largeformer.config.tracking import WandbConfig
-from largeformer.tracking.names import ALERTS, STEP, TOKENS, event_name
+from largeformer.tracking.names import ALERTS, STEP, TOKENS
 from largeformer.tracking.reading import read_lines
 from largeformer.tracking.tracker import Row, Tracker, chart_values
 from largeformer.tracking.wandb_file import logged_rows
@@ -77,10 +77,9 @@ class WandbTracker(Tracker):
         if kind == "rewound":
             self._recorded.clear()  # the steps that come are others, though they have been there before
         self._write(step, {f"events/{kind}": 1})
-        name = event_name(kind, fields)
-        if name in ALERTS:
+        if kind in ALERTS:
             told = ", ".join(f"{field} {value}" for field, value in fields.items())
-            self._alert(f"{self._name}: {name}", f"At step {step}{': ' if told else ''}{told}", ALERTS[name])
+            self._alert(f"{self._name}: {kind}", f"At step {step}{': ' if told else ''}{told}", ALERTS[kind])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         # A logged table cannot grow, so that each sample logs all of this process's samples anew.

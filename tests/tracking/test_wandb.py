@@ -155,9 +155,9 @@ def test_going_back_within_a_process_is_logged(tmp_path: Path) -> None:
 def test_alerts(tmp_path: Path) -> None:
     tracker = WandbTracker(WandbConfig(), tmp_path, "r" * 70, {}, "abc")
     tracker.event("skipped", 6, loss_scale=1024.0)
-    for kind in ("saved", "spike", "stalled", "save failed"):
+    for kind in ("saved", "spike", "stalled", "checkpoint failed"):
         tracker.event(kind, 7, z=9.5)
-    tracker.event("skipped", 8, not_finite="loss", in_a_row=1)
+    tracker.event("nonfinite", 8, what="loss", in_a_row=1)
     tracker.close("finished")
     alerts = [record.alert for record in only_run(tmp_path) if record.HasField("alert")]
     assert [alert.level for alert in alerts] == ["WARN", "ERROR", "ERROR", "ERROR", "INFO"]

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from largeformer import __version__
-from largeformer.tracking.names import ALERTS, chart_name, event_name
+from largeformer.tracking.names import ALERTS, chart_name
 from largeformer.tracking.report.collect import Run, Stage, shown
 from largeformer.tracking.report.thin import thin
 
@@ -112,13 +112,13 @@ def _is_number(value: Any) -> bool:
 def _events(stage: Stage) -> Iterator[dict[str, Any]]:
     """What happened, the last of each kind where there were many; a value that was not finite is told like an event."""
     told = [
-        (event_name(str(event.get("event")), event), event["step"], {k: v for k, v in event.items() if k not in _KNOWN}, event.get("time"))
+        (str(event.get("event")), event["step"], {k: v for k, v in event.items() if k not in _KNOWN}, event.get("time"))
         for event in stage.events
         if event.get("event") not in _QUIET
     ]
-    named = {step for kind, step, _, _ in told if kind == "not finite"}
+    named = {step for kind, step, _, _ in told if kind == "nonfinite"}
     rows = (row for row in stage.training if row.get("nonfinite") and row["step"] not in named)
-    told += [("not finite", row["step"], row["nonfinite"], None) for row in rows]
+    told += [("nonfinite", row["step"], row["nonfinite"], None) for row in rows]
     seen: Counter[str] = Counter()
     kept = []
     for kind, step, fields, time in reversed(told):

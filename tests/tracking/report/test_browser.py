@@ -98,7 +98,7 @@ def test_values_that_the_browser_shows(look: Look, tmp_path: Path) -> None:
     assert (seen["ready"], seen["title"], seen["images"]) == ("true", "tiny \u2013 largeformer", 0)
     assert "12,800" in seen["facts"] and "1.25 GiB" in seen["facts"]
     assert seen["charts"][:2] == ["Lossnats per token", "Learning rate"]
-    assert seen["marks"] == [["resumed", 60], ["spike", 80], ["not finite", 30]]
+    assert seen["marks"] == [["resumed", 60], ["spike", 80], ["nonfinite", 30]]
     assert seen["first"].startswith("step 1\n") and f"tiny {row(1)['loss']:.5g}" in seen["first"]
     assert "step 100" in seen["last"] and f"tiny {row(100)['loss']:.5g}" in seen["last"] and "validation 2.9" in seen["last"]
     assert "step 80: spike, z_score 12.5" in seen["spike"] and seen["readout"].startswith("Loss at step 80")

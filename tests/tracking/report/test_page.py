@@ -33,7 +33,7 @@ def test_curves_events_samples_and_lineage(tmp_path: Path) -> None:
     assert curve["tokens"]["y"][:2] == [128, 256]
     assert "train/skipped" not in curve["series"] and "train/tokens" not in curve["series"]
     assert [(event["kind"], event["step"], event["level"], event["text"]) for event in curve["events"]] == [
-        ("not finite", 30, "error", "loss NaN"),
+        ("nonfinite", 30, "error", "loss NaN"),
         ("resumed", 60, "info", "checkpoint step_00000050"),
         ("spike", 80, "warn", "z_score 12.5"),
     ]
