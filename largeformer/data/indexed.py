@@ -94,12 +94,19 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def split_documents(split: str, documents: int) -> dict[SplitName, range]:
-    """Which of `documents` documents each split holds, as Megatron-core cuts them: in their order, at rounded borders."""
+    """Which of `documents` documents each split holds, as Megatron-core cuts them: in their order, at rounded borders. Where rounding
+    would leave a split that has a share without a document, it gets one of its neighbour's, if there are enough."""
     ends = convert_split_vector_to_split_matrix(list(parse_split(split)))
-    return {
-        name: range(round(end[0] * documents), round(end[1] * documents)) if end is not None else range(0)
-        for name, end in zip(SPLITS, ends, strict=True)
-    }
+    least = [0 if end is None else 1 for end in ends]
+    borders = [0]
+    for end in ends:
+        borders.append(borders[-1] if end is None else round(end[1] * documents))
+    if documents >= sum(least):
+        for i in (1, 2):
+            borders[i] = max(borders[i], borders[i - 1] + least[i - 1])
+        for i in (2, 1):
+            borders[i] = min(borders[i], borders[i + 1] - least[i])
+    return {name: range(*borders[i : i + 2]) for i, name in enumerate(SPLITS)}
 
 
 def split_tokens(dataset: IndexedDataset, documents: range) -> np.ndarray:

@@ -127,13 +127,31 @@ def test_damage_is_bad_input(tmp_path: Path, damage, message: str) -> None:  # t
         open_indexed(prefix, 50)
 
 
-@pytest.mark.parametrize("split", ["96,2,2", "1,1,1", "99,1,0", "100", "0,50,50", "0.7,0.2,0.1", "949,50,1"])
-@pytest.mark.parametrize("documents", [0, 1, 7, 25, 1001])
+@pytest.mark.parametrize("split", ["96,2,2", "1,1,1", "99,1,0", "100", "0,50,50", "0.7,0.2,0.1", "940,50,10"])
+@pytest.mark.parametrize("documents", [0, 1, 75, 400, 1001])
 def test_documents_are_split_as_megatron_splits_them(split: str, documents: int) -> None:
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     expected = [range(round(end[0] * documents), round(end[1] * documents)) if end else range(0) for end in matrix]
     parts = list(split_documents(split, documents).values())
     assert [list(part) for part in parts] == [list(part) for part in expected]
+    assert [i for part in parts for i in part] == list(range(documents))
+
+
+@pytest.mark.parametrize(
+    ("split", "documents", "sizes"),
+    [
+        ("96,2,2", 36, [34, 1, 1]),
+        ("96,2,2", 3, [1, 1, 1]),
+        ("96,2,2", 2, [2, 0, 0]),
+        ("99,1,0", 7, [6, 1, 0]),
+        ("99,0,1", 7, [6, 0, 1]),
+        ("1,98,1", 5, [1, 3, 1]),
+        ("0,1,99", 4, [0, 1, 3]),
+    ],
+)
+def test_few_documents_leave_no_split_empty(split: str, documents: int, sizes: list[int]) -> None:
+    parts = list(split_documents(split, documents).values())
+    assert [len(part) for part in parts] == sizes
     assert [i for part in parts for i in part] == list(range(documents))
 
 

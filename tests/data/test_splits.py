@@ -167,11 +167,11 @@ def test_a_split_that_is_not_asked_for_is_not_built(sources, tmp_path: Path) -> 
 
 
 def test_a_split_without_documents_is_bad_input_and_no_endless_loop(tmp_path: Path) -> None:
-    prefix = write_source(tmp_path / "0-small", 4, 1)
+    prefix = write_source(tmp_path / "0-small", 2, 1)
     with pytest.raises(BadInputError) as caught:
         build_splits(DataConfig(split="96,2,2"), SEQ, TOKENIZER, [(prefix, 1.0)], (10, 4, 4), 1, tmp_path / "cache")
     assert len(caught.value.problems) == 2
-    assert "leaves the valid split without a document (4 in all)" in caught.value.problems[0]
+    assert "leaves the valid split without a document (2 in all)" in caught.value.problems[0]
     with pytest.raises(BadInputError, match="test split without a document"):
         held_out_streams(DataConfig(split="96,2,2"), [(prefix, 1.0)], TOKENIZER)
 
