@@ -76,11 +76,11 @@ class EngineState:
     def places(self) -> dict[str, list[Place]]:
         """What `tensors` gives on this rank, by folder and in order. Collective."""
         found: dict[str, list[Place]] = {WEIGHTS: [], OPTIMIZER: []}
+        kinds = self.kinds()
         for (parameter, shards), holder in zip(self._parameters, self._holders, strict=True):
-            for shard in shards if holder == self._groups.coordinates.data else ():
-                found[WEIGHTS].append(_place(shard.key, shard, parameter.dtype))
-            for kind in self.kinds() if holder == self._groups.coordinates.data else ():
-                found[OPTIMIZER] += [_place(f"{kind}.{shard.key}", shard, torch.float32) for shard in shards]
+            if holder == self._groups.coordinates.data:
+                found[WEIGHTS] += [_place(shard.key, shard, parameter.dtype) for shard in shards]
+                found[OPTIMIZER] += [_place(f"{kind}.{shard.key}", shard, torch.float32) for kind in kinds for shard in shards]
         return found
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,9 +90,9 @@ class EngineState:
         from largeformer.training.zero import link_moments
 
         link_moments(self._wrapped.optimizer)
-        kinds = self.kinds()
+        kinds, every = self.kinds(), ("master", *self.moments)
         for number, (parameter, shards) in enumerate(self._parameters):
-            for kind in ("master", *self.moments) if self._holders[number] is not None else ():
+            for kind in every if self._holders[number] is not None else ():
                 whole = self._assembled(number, kind)
                 if whole is None:
                     continue
