@@ -102,7 +102,6 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.filterwarnings("ignore:torch.distributed")
 def test_pytorchs_distributed_checkpoint_reads_them(tmp_path: Path, writer: str) -> None:
     write(tmp_path, *WRITERS[writer])
     state = {name: torch.full_like(whole(name), torch.nan) for name in SHAPES}
