@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from largeformer import __version__
-from largeformer.commands import checkpoint, checks, plan, stages, tracking
+from largeformer.commands import checkpoint, checks, export, plan, stages, tracking
 from largeformer.commands.arguments import DONE, exit_code, speaks_for_all
-from largeformer.errors import BadInputError
+from largeformer.errors import BadInputError, StageFailed
 from largeformer.training.signals import EXIT_CODE as STOPPED
 from largeformer.training.signals import StopRequested, StopSignals
 
@@ -63,6 +63,8 @@ app.command("plan")(plan.plan)
 app.add_typer(checkpoint.commands, name="checkpoint")
 app.command()(tracking.report)
 app.command()(tracking.sync)
+app.command("export")(export.export)
+app.command("import")(export.import_folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return BAD_INPUT
+    except StageFailed as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return FAILED
     except _UsageError as error:
         if speaks_for_all():
             error.show()

@@ -1,4 +1,4 @@
-"""The one error that means "the user can mend this": the command line prints its problems and exits with code 2."""
+"""The errors that the command line tells in sentences: bad input, which the user can mend (exit code 2), and a result that fails (1)."""
 
 from __future__ import annotations
 
@@ -10,4 +10,12 @@ class BadInputError(ValueError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class StageFailed(RuntimeError):
+    """A stage did its work, and the result is not good enough: the command line prints the problems and exits with code 1."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
         super().__init__("\n".join(self.problems))

@@ -15,12 +15,13 @@ from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
+from largeformer.config.export import ExportConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
-StageName = Literal["prepare", "pretrain", "evaluate"]
+StageName = Literal["prepare", "pretrain", "evaluate", "export"]
 
 
 class RunConfig(Section):
@@ -171,6 +172,7 @@ class Recipe(Section):
     generate: GenerateConfig = GenerateConfig()
     guards: GuardsConfig = GuardsConfig()
     plan: PlanConfig = PlanConfig()
+    export: ExportConfig = ExportConfig()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -221,4 +223,5 @@ class Recipe(Section):
             "train": train,
             # Only a guard that leaves samples out changes what a run comes to.
             **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
+            **({"export": self.export.model_dump(mode="json")} if stage == "export" else {}),
         }

@@ -8,25 +8,40 @@ dictionaries of tensors on both sides; the transformers library is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
 from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
+from largeformer.models.hf_config import Style, architecture
 
-Style = Literal["llama", "gpt2"]
 Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Form:
-    """How one tensor of ours is cut into theirs, and put together again. Each takes the model's shape as well."""
+    """How one tensor of ours is cut into theirs, and put together again. Each takes the model's shape as well.
+
+    Of a matrix, `cut` may be given a part along `axis`, in whole `unit`s: what it returns are the rows of theirs that follow the
+    rows of the part before.
+    """
 
     cut: Callable[[torch.Tensor, ModelConfig], tuple[torch.Tensor, ...]]
     join: Callable[[tuple[torch.Tensor, ...], ModelConfig], torch.Tensor]
+    axis: int = 0
+    unit: Callable[[ModelConfig], int] = lambda _: 1
+
+    def cut_in_parts(self, tensor: torch.Tensor, model: ModelConfig, elements: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """`cut` of one part after another, each of about `elements` elements, so that no second copy of the whole is made."""
+        if tensor.dim() == 1:
+            yield self.cut(tensor, model)
+            return
+        unit = self.unit(model)
+        step = max(1, elements * tensor.shape[self.axis] // max(1, tensor.numel()) // unit) * unit
+        for part in tensor.split(step, dim=self.axis):
+            yield self.cut(part, model)
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,15 @@ class Row:
     needs: str = ""
 
 
+def _rows_of_a_group(model: ModelConfig) -> int:
+    """Rows of one query group in the matrix that makes queries, keys and values."""
+    return (model.num_attention_heads // model.query_groups + 2) * model.head_dim
+
+
 def _cut_heads(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
     """[c, ...], where each query group has its queries, then its key, then its value -> [q, ...], [k, ...], [k, ...]."""
     queries = model.num_attention_heads // model.query_groups
-    grouped = tensor.unflatten(0, (model.query_groups, queries + 2, model.head_dim))
+    grouped = tensor.unflatten(0, (-1, queries + 2, model.head_dim))
     return tuple(part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1))
 
 
@@ -60,9 +80,9 @@ def _join_conv_heads(parts: tuple[torch.Tensor, ...], model: ModelConfig) -> tor
 
 # GPT-2's layers are Conv1D: y = x W + b, so that its matrices are the transposes of a Linear's. (`t` leaves a bias as it is.)
 SAME = Form(cut=lambda tensor, _: (tensor,), join=lambda parts, _: parts[0])
-TRANSPOSED = Form(cut=lambda tensor, _: (tensor.t(),), join=lambda parts, _: parts[0].t())
-HEADS = Form(cut=_cut_heads, join=_join_heads)
-CONV_HEADS = Form(cut=_cut_conv_heads, join=_join_conv_heads)
+TRANSPOSED = Form(cut=lambda tensor, _: (tensor.t(),), join=lambda parts, _: parts[0].t(), axis=1)
+HEADS = Form(cut=_cut_heads, join=_join_heads, unit=_rows_of_a_group)
+CONV_HEADS = Form(cut=_cut_conv_heads, join=_join_conv_heads, axis=1)
 
 
 def _features(model: ModelConfig) -> set[str]:
@@ -137,12 +157,6 @@ GPT2 = (
 )
 TABLES: dict[Style, tuple[Row, ...]] = {"llama": LLAMA, "gpt2": GPT2}
 THEIR_LAYER: dict[Style, str] = {"llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}
-_LLAMA_HAS: dict[str, tuple[object, ...]] = {"position_embedding": ("rope",), "activation": ("swiglu",)}
-_GPT2_HAS: dict[str, tuple[object, ...]] = {
-    "position_embedding": ("learned",),
-    "activation": ("gelu", "gelu_tanh"),
-    "add_bias_linear": (True,),
-}
 # What files of theirs may hold beside weights: causal masks, rotary tables.
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -153,92 +167,21 @@ def to_hugging_face(state: Weights, model: ModelConfig, style: Style | None = No
     `style` None: as `architecture` picks it. The tensors may share memory with `state`.
     """
     made: dict[str, torch.Tensor] = {}
-    for row in _rows(model, style or architecture(model).style):
+    for row in rows(model, style or architecture(model).style):
         made.update(zip(row.theirs, row.form.cut(state[row.ours], model), strict=True))
     return made
 
 
 def from_hugging_face(state: Weights, model: ModelConfig, vocab_size: int, style: Style | None = None) -> dict[str, torch.Tensor]:
     """Their tensors under our names. Raises BadInputError with every tensor that is missing, misshapen or unknown to this shape."""
-    rows = _rows(model, style or architecture(model).style)
+    table = rows(model, style or architecture(model).style)
     if "wte.weight" in state:  # some GPT-2 files leave out the outermost module's name
         state = {f"transformer.{name}": tensor for name, tensor in state.items()}
-    _check(state, rows, model, vocab_size)
-    return {row.ours: row.form.join(tuple(state[name] for name in row.theirs), model).contiguous() for row in rows}
+    _check(state, table, model, vocab_size)
+    return {row.ours: row.form.join(tuple(state[name] for name in row.theirs), model).contiguous() for row in table}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A Hugging Face class, its `model_type`, and whose names it uses."""
-
-    name: str
-    model_type: str
-    style: Style
-
-
-def architecture(model: ModelConfig) -> Architecture:
-    """The Hugging Face architecture that holds this shape. Raises BadInputError where none does, with what stands in the way."""
-    is_gpt2 = model.normalization == "LayerNorm"
-    family, needed = ("GPT-2", _GPT2_HAS) if is_gpt2 else ("Llama", _LLAMA_HAS)
-    wrong = [
-        f"model.{key} is {getattr(model, key)}; a Hugging Face {family} (which {model.normalization} asks for) has "
-        f"{' or '.join(str(value) for value in values)}"
-        for key, values in needed.items()
-        if getattr(model, key) not in values
-    ]
-    if is_gpt2 and (model.query_groups != model.num_attention_heads or model.head_dim * model.num_attention_heads != model.hidden_size):
-        wrong.append("a Hugging Face GPT-2 has no num_query_groups or kv_channels of its own; leave both out")
-    if wrong:
-        raise BadInputError(wrong)
-    if is_gpt2:
-        return Architecture("GPT2LMHeadModel", "gpt2", "gpt2")
-    if model.add_qkv_bias and not model.add_bias_linear:
-        return Architecture("Qwen2ForCausalLM", "qwen2", "llama")  # a Llama with biases on queries, keys and values alone
-    return Architecture("LlamaForCausalLM", "llama", "llama")
-
-
-def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What their `config.json` says of this shape."""
-    kind = architecture(model)
-    common = {
-        "architectures": [kind.name],
-        "model_type": kind.model_type,
-        "vocab_size": vocab_size,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
-    if kind.style == "gpt2":
-        return common | {
-            "n_positions": model.seq_length,
-            "n_embd": model.hidden_size,
-            "n_layer": model.num_layers,
-            "n_head": model.num_attention_heads,
-            "n_inner": model.ffn_size,
-            "activation_function": {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[model.activation],
-            "layer_norm_epsilon": model.norm_epsilon,
-            "resid_pdrop": model.hidden_dropout,
-            "embd_pdrop": model.hidden_dropout,
-            "attn_pdrop": model.attention_dropout,
-        }
-    biases = {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear} if kind.model_type == "llama" else {}
-    return common | {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.seq_length,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "attention_dropout": model.attention_dropout,
-        **biases,
-    }
-
-
-def _rows(model: ModelConfig, style: Style) -> list[Row]:
+def rows(model: ModelConfig, style: Style) -> list[Row]:
     """The table for this model, its layers written out."""
     made = []
     for row in (row for row in TABLES[style] if set(row.needs.split()) <= _features(model)):
@@ -256,9 +199,14 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     return {"h": model.hidden_size, "f": model.ffn_size, "q": q, "k": k, "c": q + 2 * k, "s": model.seq_length}
 
 
-def _check(state: Weights, rows: list[Row], model: ModelConfig, vocab_size: int) -> None:
+def shapes(table: list[Row], model: ModelConfig, vocab_size: int) -> dict[str, list[int]]:
+    """The shape of every tensor of theirs."""
     sizes = _sizes(model) | {"v": vocab_size}
-    expected = {name: [sizes[letter] for letter in shape.split()] for row in rows for name, shape in row.theirs.items()}
+    return {name: [sizes[letter] for letter in shape.split()] for row in table for name, shape in row.theirs.items()}
+
+
+def _check(state: Weights, table: list[Row], model: ModelConfig, vocab_size: int) -> None:
+    expected = shapes(table, model, vocab_size)
     wrong = [
         f"{name} is missing" if name not in state else f"{name} has the shape {list(state[name].shape)}; this model's is {shape}"
         for name, shape in expected.items()

@@ -101,7 +101,7 @@ def _plain(recipe: Recipe, device: torch.device, batches: Sequence[Batch], compi
 def _hugging_face(recipe: Recipe, device: torch.device, batches: Sequence[Batch]) -> Step:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from largeformer.models.hf_mapping import hugging_face_config
+    from largeformer.models.hf_config import hugging_face_config
     from largeformer.training.plain_loop import PlainLoop
 
     config = AutoConfig.for_model(**hugging_face_config(recipe.model, recipe.tokenizer.vocab_size))
@@ -140,7 +140,7 @@ def _can_compile(device: torch.device) -> bool:
 
 
 def _has_architecture(recipe: Recipe) -> bool:
-    from largeformer.models.hf_mapping import architecture
+    from largeformer.models.hf_config import architecture
 
     try:
         architecture(recipe.model)

@@ -9,12 +9,13 @@ from pathlib import Path
 from largeformer.artifact import Artifact
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages import evaluate, prepare, pretrain
+from largeformer.stages import evaluate, export, prepare, pretrain
 
 STAGES: dict[str, Callable[[Recipe, bool], Artifact | None]] = {
     "prepare": lambda recipe, fresh: prepare.run_or_wait(recipe, fresh=fresh),
     "pretrain": lambda recipe, fresh: pretrain.run(recipe, fresh=fresh),
     "evaluate": lambda recipe, fresh: evaluate.run(recipe, again=fresh),
+    "export": lambda recipe, fresh: export.run(recipe, fresh=fresh),
 }
 
 

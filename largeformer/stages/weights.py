@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from largeformer.artifact import Artifact
+from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
@@ -46,6 +49,29 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
         if prepared is not None:
             return Source(checkpoint, prepared)
     raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
+
+
+def newest_stage(recipe: Recipe) -> Path:
+    """The last stage of the recipe's own run that has left checkpoints, in the order of `run.stages`."""
+    run = Path(recipe.run.output_dir)
+    trained = [run / stage for stage in recipe.run.stages if (run / stage / "checkpoints").is_dir()]
+    return trained[-1] if trained else run / "pretrain"
+
+
+def shaped_like(recipe: Recipe, checkpoint: Path) -> Recipe:
+    """The recipe with the model, tokenizer and data that the checkpoint was made with, which an earlier stage may have changed.
+
+    Raises BadInputError where the checkpoint does not say, or the layout does not fit that model.
+    """
+    path = checkpoint / "config.yaml"
+    try:
+        made_with = Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInputError(f"{path} does not say what the checkpoint was made with ({error}): copy the whole checkpoint folder") from error
+    recipe = recipe.model_copy(update={"model": made_with.model, "tokenizer": made_with.tokenizer, "data": made_with.data})
+    if problems := recipe_problems(recipe):
+        raise BadInputError(problems)
+    return recipe
 
 
 def on_this_world(recipe: Recipe, world_size: int) -> Recipe:

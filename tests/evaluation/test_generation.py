@@ -12,7 +12,8 @@ from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.evaluation.generation import CachedDecoder, distribution, draw, generate, inference_recipe
 from largeformer.models.gpt import build_gpt
-from largeformer.models.hf_mapping import architecture, hugging_face_config, to_hugging_face
+from largeformer.models.hf_config import architecture, hugging_face_config
+from largeformer.models.hf_mapping import to_hugging_face
 from largeformer.parallel.device import prepare_device
 from largeformer.parallel.groups import create_groups, destroy_groups
 from tests.distributed import RankContext, RankPool

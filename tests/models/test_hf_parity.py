@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.models.gather import load_full
-from largeformer.models.hf_mapping import architecture, from_hugging_face, hugging_face_config, to_hugging_face
+from largeformer.models.hf_config import architecture, hugging_face_config
+from largeformer.models.hf_mapping import from_hugging_face, to_hugging_face
 from tests.one_process import Built, random_batch, relative_difference
 from tests.recipes import GPT2, LLAMA, tiny_recipe
 

@@ -1,0 +1,240 @@
+"""`export`: a checkpoint in the formats that people's tools open, each opened again and compared, in `<output_dir>/export/`.
+
+    hf/ hf-int8/ onnx/ ...   one folder for each of `export.formats`
+    config.yaml              the recipe, resolved
+    manifest.json            last of all: every format has passed its gate
+
+Formats are written into `<format>.unfinished` and get their names together at the end. Those that fail are left so, to be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, sync_folder, write_atomically
+from largeformer.config.load import recipe_yaml
+from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError, StageFailed
+from largeformer.parallel.environment import discover
+from largeformer.stages import prepare
+from largeformer.stages.claim import set_aside
+from largeformer.stages.exporting import reference, sample_texts
+from largeformer.stages.generate import inference_layout
+from largeformer.stages.weights import Source, find_source, newest_stage, shaped_like
+from largeformer.stages.world import enter_world, reporting
+
+if TYPE_CHECKING:
+    from largeformer.export.formats import Job
+    from largeformer.export.gate import Reference
+
+STAGE = "export"
+_LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "compressed-tensors", "onnx", "onnxscript", "onnxruntime")
+_UNFINISHED = ".unfinished"
+_SCRATCH = f"reference{_UNFINISHED}"
+_SAME_TEXTS = 0.99  # of the held-out text; SentencePiece adds its scores in float32, where two cuts may come out equal
+_POLL_S = 0.5
+_CLOCK_SLACK_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be exported, found and checked by rank 0."""
+
+    recipe: Recipe
+    source: Source
+    folder: Path
+    parents: dict[str, str]
+    identity: str
+    formats: tuple[str, ...]
+    done: Artifact | None
+
+
+def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False) -> Artifact:
+    """Export the checkpoint at `source` (default: the newest stage of the recipe's own run). Every rank computes the source's answers;
+    then rank 0 works and the others wait. Raises BadInputError, or StageFailed where an export is too far from its source."""
+    world_size = discover(os.environ).world_size
+    with reporting(recipe, STAGE):
+        started = time.time() - _CLOCK_SLACK_S
+        first = inference_layout(recipe, world_size)
+        with enter_world(first, training=False) as world:
+            plan = world.from_main(lambda: _plan(first, source, fresh))
+            if plan.done is not None:
+                return plan.done
+            expected = reference(plan.recipe, world.regroup(plan.recipe), plan.source, plan.folder / _SCRATCH)
+        return _export(plan, expected) if expected is not None else _wait(plan, started)
+
+
+def _plan(recipe: Recipe, source: Path | None, fresh: bool) -> _Plan:
+    from largeformer.export.formats import chosen
+
+    found = find_source(recipe, source or newest_stage(recipe))
+    recipe = shaped_like(recipe, found.checkpoint)
+    trained = Artifact.read(found.checkpoint.parent.parent)
+    parents = {parent.kind: parent.identity for parent in (found.prepared, trained) if parent is not None}
+    identity = identity_hash({**recipe.identity(STAGE), "checkpoint": found.checkpoint.name, "parents": parents})
+    folder = Path(recipe.run.output_dir) / STAGE
+    done = Artifact.read(folder)
+    if done is not None and done.identity == identity:
+        return _Plan(recipe, found, folder, parents, identity, (), done)
+    formats = chosen(_job(recipe, found))
+    _claim(folder, recipe, fresh)
+    return _Plan(recipe, found, folder, parents, identity, tuple(formats), None)
+
+
+def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
+    """Make `folder` this export's. What an unfinished one left is removed; anything else is in the way, unless `fresh` sets it aside."""
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    foreign = sorted(path.name for path in there if path.suffix != _UNFINISHED and path.name != "config.yaml")
+    if foreign and not fresh:
+        named = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
+        raise BadInputError(
+            f"the export folder {folder} is not empty ({named}) and not the result of this recipe and checkpoint: choose another "
+            "run.output_dir, or pass --fresh to set it aside"
+        )
+    if foreign:
+        set_aside(folder)
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", recipe_yaml(recipe).encode())
+
+
+def _job(recipe: Recipe, source: Source) -> Job:
+    from largeformer.export.formats import Job
+    from largeformer.export.huggingface import SpecialIds
+    from largeformer.export.streaming import StoredTensors
+
+    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    return Job(
+        source=StoredTensors(source.checkpoint / "weights"),
+        model=recipe.model,
+        vocab_size=recipe.tokenizer.vocab_size,
+        config=recipe.export,
+        ids=SpecialIds(eos=tokenizer.eod, pad=tokenizer.pad if tokenizer.pad >= 0 else None),
+        tokenizer=None if recipe.data.is_mock else prepare.tokenizer_file(source.prepared.path),
+    )
+
+
+def _export(plan: _Plan, expected: Reference) -> Artifact:
+    from largeformer.models.flops import parameter_count
+
+    job = _job(plan.recipe, plan.source)
+    texts = [] if plan.recipe.data.is_mock else sample_texts(plan.recipe, plan.source)
+    parameters = parameter_count(plan.recipe.model, plan.recipe.tokenizer.vocab_size)
+    made, wrong = {}, []
+    for name in plan.formats:
+        target = plan.folder / f"{name}{_UNFINISHED}"
+        target.mkdir()
+        print(f"writing {name}", flush=True)
+        made[name], problems = _write_and_compare(name, job, target, expected, texts)
+        wrong += [f"{name}: {problem}" for problem in problems]
+        (target / "README.md").write_text(_card(plan, name, parameters, made[name]))
+        _print(name, made[name])
+    if wrong:
+        kept = ", ".join(f"{name}{_UNFINISHED}" for name in plan.formats)
+        raise StageFailed([*wrong, f"nothing was exported; what was written lies in {plan.folder} for you to look at ({kept})"])
+    for name in plan.formats:
+        (plan.folder / f"{name}{_UNFINISHED}").rename(plan.folder / name)
+    sync_folder(plan.folder)
+    shutil.rmtree(plan.folder / _SCRATCH)
+    metrics = {"checkpoint": plan.source.checkpoint.name, "parameters": parameters, "formats": made}
+    return Artifact(STAGE, plan.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
+
+
+def _write_and_compare(name: str, job: Job, target: Path, expected: Reference, texts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The figures of one format for the manifest, and where it is beyond a threshold."""
+    from largeformer.export.formats import FORMATS
+    from largeformer.export.gate import compare, failures
+
+    form = FORMATS[name]  # type: ignore[index]
+    form.write(job, target)
+    figures: dict[str, Any] = {"bytes": {path.name: path.stat().st_size for path in sorted(target.iterdir())}, "parity": {}}
+    problems = []
+    for opened in form.opened(job, target):
+        found = compare(expected, opened.client)
+        about = dict(opened.about)
+        problems += [
+            f"{opened.name}: {text}" for text in [*about.pop("wrong", []), *failures(found, opened.thresholds, job.config.thresholds)]
+        ]
+        figures["parity"][opened.name] = _storable({**found.metrics(), **about})
+        del opened
+    if texts and (target / "tokenizer.json").exists():
+        same = _same_ids(target, job, texts)
+        figures["tokenizer_agreement"] = same
+        if same < _SAME_TEXTS:
+            problems.append(f"the tokenizer gives other ids for {1 - same:.2%} of the held-out text")
+    write_atomically(target / "parity.json", (json.dumps(figures, indent=2) + "\n").encode())
+    return figures, problems
+
+
+def _same_ids(target: Path, job: Job, texts: list[str]) -> float:
+    """The share of the text, in characters, for which the exported tokenizer gives the same ids as ours."""
+    from largeformer.data.tokenizer import load_tokenizer
+    from largeformer.export.clients import tokenizer_ids
+
+    assert job.tokenizer is not None
+    ours = load_tokenizer(job.tokenizer, job.vocab_size).encode_batch(texts)
+    same = sum(len(text) for text, a, b in zip(texts, ours, tokenizer_ids(target, texts), strict=True) if a == b)
+    return same / sum(map(len, texts))
+
+
+def _storable(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
+
+
+def _card(plan: _Plan, name: str, parameters: int, figures: Mapping[str, Any]) -> str:
+    from largeformer.export.card import model_card
+
+    return model_card(plan.recipe.run.name, name, plan.recipe.model, parameters, list(_lineage(plan)), figures["parity"])
+
+
+def _lineage(plan: _Plan) -> Iterator[Any]:
+    """The stages that led to the checkpoint, oldest first, as far as their manifests lie beside it."""
+    from largeformer.export.card import Ancestor
+
+    run = plan.source.checkpoint.absolute().parent.parent.parent
+    held = [artifact for artifact in map(Artifact.read, sorted(run.iterdir())) if artifact is not None]
+    by_identity = {artifact.identity: artifact for artifact in [plan.source.prepared, *held]}
+    order: list[Artifact] = []
+
+    def visit(identity: str) -> None:
+        artifact = by_identity.get(identity)
+        if artifact is not None and artifact not in order:
+            for parent in artifact.parents.values():
+                visit(parent)
+            order.append(artifact)
+
+    for identity in plan.parents.values():
+        visit(identity)
+    return (Ancestor(artifact.kind, artifact.identity, artifact.metrics) for artifact in order)
+
+
+def _print(name: str, figures: Mapping[str, Any]) -> None:
+    size = sum(figures["bytes"].values())
+    for file, found in figures["parity"].items():
+        shown = {key: "beyond all numbers" if found[key] is None else found[key] for key in ("perplexity", "kl", "max_logit_difference")}
+        numbers = "  ".join(
+            f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+        )
+        print(f"    {name}/{file}: {size / 1e6:.1f} MB  {numbers}  same likeliest token {found['top1_agreement']:.2%}", flush=True)
+
+
+def _wait(plan: _Plan, since: float) -> Artifact:
+    """The artifact, as soon as rank 0 has finished: without a collective, which would time out. Raises BadInputError where it failed."""
+    while True:
+        there = Artifact.read(plan.folder)
+        if there is not None and there.identity == plan.identity:
+            return replace(there)
+        status = read_status(plan.folder.parent) or {}
+        if status.get("status") == "failed" and status.get("stage") == STAGE and status.get("time", 0.0) >= since:
+            raise BadInputError(f"export failed on rank 0: {status.get('error', 'no reason given')}")
+        time.sleep(_POLL_S)

@@ -1,0 +1,78 @@
+"""What `export` compares with: the source model's own answers over held-out text. Collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from largeformer.config.schema import GenerateConfig, Recipe
+from largeformer.stages import prepare
+from largeformer.stages.weights import Source, load_model
+
+if TYPE_CHECKING:
+    from largeformer.export.gate import Reference
+    from largeformer.parallel.batch import Batch
+    from largeformer.stages.world import World
+
+SPLIT: Final = "test"
+
+
+def reference(recipe: Recipe, world: World, source: Source, folder: Path) -> Reference | None:
+    """The model's logits in float32 over the beginning of the held-out text; None on ranks other than 0.
+    Collective.
+
+    The logits lie in `folder`, which is made. `recipe` is at an inference layout, which is the world's.
+    """
+    import torch
+
+    from largeformer.evaluation.generation import generate
+    from largeformer.export.gate import GENERATED, Reference
+
+    exact = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp32"})})
+    (model,) = load_model(exact, world, source.checkpoint)
+    batches = list(_windows(recipe, source))
+    vocab_size = recipe.tokenizer.vocab_size
+    shape = (len(batches), recipe.model.seq_length, vocab_size)
+    file, kept = folder / "logits.npy", None
+    if world.info.is_main:
+        folder.mkdir()
+        kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            here = batch.to(world.device)
+            logits = model(here.tokens, here.position_ids, None, runtime_gather_output=True)
+            if kept is not None:
+                kept[index] = logits[0, :, :vocab_size].float().cpu().numpy()
+    length = min(GENERATED, recipe.model.seq_length // 2)
+    prompt = batches[0].tokens[0, : min(length, int(batches[0].loss_mask[0].sum()))].tolist()
+    greedy = GenerateConfig(max_new_tokens=length, temperature=0.0)
+    # No id ends it: past the end of a document the comparison goes on.
+    (continuation,) = generate([model], world.groups, [prompt], greedy, -1, world.device)
+    if kept is None:
+        return None
+    kept.flush()
+    tokens, labels, counted = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "labels", "loss_mask"))
+    return Reference(tokens, labels, counted > 0, file, prompt, continuation)
+
+
+def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
+    """The first windows of the held-out text, `export.gate_tokens` in all or as many as there are."""
+    from largeformer.data.loader import evaluation_windows
+    from largeformer.data.splits import held_out_streams
+
+    folder = source.prepared.path
+    tokenizer = prepare.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
+    count = -(-recipe.export.gate_tokens // recipe.model.seq_length)
+    return islice(evaluation_windows(streams, recipe.model.seq_length, 1, eod=tokenizer.eod), count)
+
+
+def sample_texts(recipe: Recipe, source: Source) -> list[str]:
+    """The same text, as text, one piece for each line: for tokenizers to be compared."""
+    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    windows = [tokenizer.decode(batch.labels[0][batch.loss_mask[0] > 0].tolist()) for batch in _windows(recipe, source)]
+    return [line for window in windows for line in window.splitlines(keepends=True)]

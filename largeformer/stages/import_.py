@@ -1,0 +1,127 @@
+"""`import`: a Hugging Face folder becomes the first checkpoint of a run, to be generated from, trained on or compressed.
+
+RUN/import/checkpoints/step_00000000/    the weights under our names, in their dtype, and config.yaml
+RUN/import/tokenizer.model               copied, where the folder has one
+RUN/import/config.yaml, manifest.json    a recipe of this shape, with everything else at its default
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
+from largeformer.config.load import load_recipe, recipe_yaml
+from largeformer.config.schema import ModelConfig, Recipe
+from largeformer.config.source import to_yaml
+from largeformer.errors import BadInputError
+from largeformer.stages.claim import set_aside
+from largeformer.stages.world import reporting
+
+if TYPE_CHECKING:
+    from largeformer.export.streaming import StoredTensors
+
+STAGE = "import"
+TOKENIZER = "tokenizer.model"
+_PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+
+def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Artifact:
+    """Import the folder `source` into the run folder `output`. `overrides` change the recipe that is made (not the model's shape, but for
+    `model.seq_length` where positions are rotated). Raises BadInputError with everything that our model cannot hold."""
+    from largeformer.models.hf_config import model_of
+
+    config = _read_config(source)
+    model = model_of(config)
+    folder = output / STAGE
+    if folder.exists() and any(folder.iterdir()):
+        if not fresh:
+            raise BadInputError(f"{folder} is not empty: choose another --output, or pass --fresh to set it aside")
+        set_aside(folder)
+    weights = _open(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = _recipe(config, model, weights, source, folder, output, overrides)
+    with reporting(recipe, STAGE):
+        parameters = _write_checkpoint(weights, recipe, folder)
+        metrics = {"architecture": (config.get("architectures") or [config["model_type"]])[0], "parameters": parameters}
+        identity = identity_hash({"stage": STAGE, "config": config, "weights": weights.sizes()})
+        print(f"imported {parameters:,} parameters into {folder}", flush=True)
+        if not (folder / TOKENIZER).exists():
+            print(f"{source} has no {TOKENIZER} (SentencePiece): text goes in and out once you give one as tokenizer.model of the recipe")
+        return Artifact(STAGE, folder, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} cannot be read ({error}): name a folder that save_pretrained has written") from None
+    if not isinstance(config, dict):
+        raise BadInputError(f"{path} holds no JSON object: name a folder that save_pretrained has written")
+    return config
+
+
+def _open(source: Path) -> StoredTensors:
+    from largeformer.export.streaming import StoredTensors
+
+    if not any(source.glob("*.safetensors")) and any(source.glob("*.bin")):
+        raise BadInputError(
+            f"{source} holds its weights as pickles (.bin), which may run code when they are opened: save the model again with "
+            "save_pretrained(folder, safe_serialization=True), and import that"
+        )
+    return StoredTensors(source)
+
+
+def _recipe(
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    weights: StoredTensors,
+    source: Path,
+    folder: Path,
+    output: Path,
+    overrides: Sequence[str],
+) -> Recipe:
+    """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
+    from largeformer.data.tokenizer import load_tokenizer
+
+    vocab_size = config["vocab_size"]
+    tokenizer: dict[str, Any] = {"vocab_size": vocab_size}
+    if (source / TOKENIZER).is_file():
+        load_tokenizer(source / TOKENIZER, vocab_size)
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+        tokenizer["model"] = str(folder / TOKENIZER)
+    precision = _PRECISIONS.get(str(weights.dtype(next(iter(weights)))), "fp32")
+    tree = {
+        "run": {"name": output.name, "output_dir": str(output)},
+        "model": model.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+        "train": {"precision": precision, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 1000},
+        "optimizer": {"lr": 1.0e-5},
+        "checkpoint": {"load": str(folder)},
+    }
+    draft = folder / "config.yaml"
+    write_atomically(draft, to_yaml(tree).encode())
+    recipe = load_recipe(str(draft), list(overrides), with_deepspeed=False)
+    same = recipe.model.model_copy(update={"seq_length": model.seq_length, "attention_backend": model.attention_backend})
+    if same != model or (recipe.model.seq_length != model.seq_length and model.position_embedding == "learned"):
+        draft.unlink()
+        raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
+    write_atomically(draft, recipe_yaml(recipe).encode())
+    return recipe
+
+
+def _write_checkpoint(weights: StoredTensors, recipe: Recipe, folder: Path) -> int:
+    """Commit the weights as a checkpoint at step 0. Returns the number of parameters."""
+    from largeformer.checkpoint.commit import new_checkpoint
+    from largeformer.checkpoint.format import Block, write_blocks
+    from largeformer.models.hf_mapping import from_hugging_face
+
+    state = from_hugging_face({name: weights.read(name) for name in weights}, recipe.model, recipe.tokenizer.vocab_size)
+    with new_checkpoint(folder / "checkpoints", 0) as path:
+        write_blocks(path / "weights", [Block(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)) for name, tensor in state.items()])
+        write_atomically(path / "config.yaml", recipe_yaml(recipe).encode())
+    return sum(tensor.numel() for tensor in state.values())
