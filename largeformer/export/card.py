@@ -43,8 +43,6 @@ def model_card(
     heads = f"{model.num_attention_heads} heads in {model.query_groups} query groups"
     shape = f"{model.num_layers} layers, hidden size {model.hidden_size}, {heads}, {model.seq_length} positions"
     lines = [*head, "", f"# {name} ({format_name})", "", f"A causal language model of {parameters:,} parameters: {shape}.", ""]
-    if format_name != "onnx":
-        lines += ["It was made from text files by the tools below; its tokenizer adds no beginning-of-sequence token.", ""]
     lines += ["## Opened with", "", "```python", _OPEN[format_name.partition("-")[0]].format(folder="."), "```", ""]
     lines += ["## Lineage", "", "| stage | identity | figures |", "|---|---|---|"]
     lines += [f"| {step.stage} | `{step.identity}` | {_figures(step.metrics)} |" for step in lineage]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,15 @@ class TransformersClient:
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        with _without_bars():
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         self.model.generation_config.eos_token_id = None  # what is compared goes on past the end of a document
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens, use_cache=False).logits.float()  # type: ignore[no-any-return]
+        with _without_bars():  # integers become floats in the first call
+            return self.model(tokens, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
@@ -39,6 +40,13 @@ def tokenizer_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=10**9)
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress bars of the libraries go to stderr, each for a moment."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 class OnnxClient:

@@ -198,7 +198,7 @@ class _File:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         places = {}
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):  # so each is aligned
             header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, at + entry.bytes]}
             places[entry.name] = (entry.dtype, at, at + entry.bytes)
             at += entry.bytes

@@ -8,6 +8,7 @@ back and forth.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from largeformer.artifact import write_atomically
 from largeformer.data.tokenizer import SPACE
 from largeformer.errors import BadInputError
 
-_NEVER = -1.0e6  # a score with which a piece is never chosen
 _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
 _FURTHER = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
 
@@ -65,12 +65,14 @@ def _read(content: bytes) -> Any:
 
 
 def _backend(proto: Any, pieces: Sequence[_Piece]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 
     tokenizer = Tokenizer(_model(proto, pieces))
     steps = _normalizers(proto.normalizer_spec, spells_bytes=any(piece.kind == "byte" for piece in pieces))
     if steps is not None:
         tokenizer.normalizer = steps
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_names(pieces)), "merged_with_previous")
     prefix = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *prefix])
     tokenizer.add_special_tokens([AddedToken(piece.text, special=True, normalized=False) for piece in pieces if piece.kind == "control"])
@@ -89,9 +91,27 @@ def _model(proto: Any, pieces: Sequence[_Piece]) -> Any:
         name = pieces[unknown].text
         return models.BPE(vocabulary, merges, unk_token=name, fuse_unk=True, byte_fallback=byte_fallback)
     if kind == proto.trainer_spec.UNIGRAM:
-        scored = [(_spaced(piece), piece.score if piece.kind in ("normal", "user") else _NEVER) for piece in pieces]
+        # What is no text has the lowest score: a lower one would make unknown characters dearer than SentencePiece makes them.
+        lowest = min(piece.score for piece in pieces if piece.kind == "normal")
+        scored = [(_spaced(piece), piece.score if piece.kind in ("normal", "user") else lowest) for piece in pieces]
         return models.Unigram(scored, unk_id=unknown, byte_fallback=byte_fallback)
     raise BadInputError("the tokenizer's model type is neither bpe nor unigram: Hugging Face's tokenizers have no other of SentencePiece's")
+
+
+def _names(pieces: Sequence[_Piece]) -> str:
+    """A pattern for the first character of every name of a piece that is no text.
+
+    A Unigram model of theirs looks for all of its pieces in a text, `<s>` as well; a cut after the first character hides them.
+    """
+    named = [piece.text for piece in pieces if piece.kind in ("control", "unknown", "byte", "unused") and len(piece.text) > 1]
+    return "|".join(f"{re.escape(first)}(?=(?:{'|'.join(rests)}))" for first, rests in _by_first_character(named).items())
+
+
+def _by_first_character(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name[0], []).append(re.escape(name[1:]))
+    return found
 
 
 def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
