@@ -1,0 +1,227 @@
+"""`export` and `import` as a user runs them: a trained run, its folders, the gate's verdict, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from largeformer import cli
+from largeformer.stages import export as stage
+from tests.recipes import GPT2, TINY
+from tests.stages.test_end_to_end import start, status
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+FORMATS = ("hf", "hf-int8", "hf-int4")
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe over the sources of Python's `email` package, of which two steps are trained."""
+    source = str(Path(json.__file__).parent.parent / "email" / "*.py")
+    tree: dict[str, Any] = {
+        **TINY,
+        "run": {"name": "tiny", "output_dir": str(folder / "run"), "stages": ["prepare", "pretrain", "export"]},
+        "tokenizer": {"vocab_size": 500},
+        "data": {"sources": [{"path": source}], "split": "80,10,10"},
+        "train": {**TINY["train"], "train_iters": 2, "eval_interval": 2, "eval_iters": 1},
+        "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
+        "export": {"formats": list(FORMATS), "group_size": 32, "gate_tokens": 256},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> Path:
+    """The run folder after `largeformer run`."""
+    done = start("run", "-c", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recipe.parent / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Iterator[Path]:
+    """The run, elsewhere, without its export."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "cache"))
+    return tmp_path / "run"  # type: ignore[return-value]
+
+
+def test_the_manifest_holds_lineage_and_parity(run: Path) -> None:
+    assert status(run) == "finished"
+    manifest = json.loads((run / "export" / "manifest.json").read_text())
+    assert manifest["parents"]["pretrain"] == json.loads((run / "pretrain" / "manifest.json").read_text())["identity"]
+    assert sorted(path.name for path in (run / "export").iterdir()) == sorted([*FORMATS, "config.yaml", "manifest.json"])
+    exact, int8 = (manifest["metrics"]["formats"][name]["parity"]["model"] for name in ("hf", "hf-int8"))
+    assert exact["tokens"] == 256
+    assert exact["max_logit_difference"] <= 1e-4 and exact["same_continuation"] is True
+    assert 0 < int8["kl"] < 0.05 and int8["integer_layers"] == 7 * TINY["model"]["num_layers"]
+    assert all(manifest["metrics"]["formats"][name]["tokenizer_agreement"] == 1.0 for name in FORMATS)
+    card = (run / "export" / "hf" / "README.md").read_text()
+    assert manifest["parents"]["pretrain"] in card and "perplexity of the export" in card
+
+
+def test_transformers_generates_what_we_generate(run: Path) -> None:
+    folder = run / "export" / "hf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    prompt = "def __init__(self):\n    "
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    ours = start("generate", "--from", str(run), "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
+    assert ours.stdout.removesuffix("\n") == prompt + tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_a_finished_export_is_not_done_again(run: Path, recipe: Path) -> None:
+    before = (run / "export" / "hf" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["export", "-c", str(recipe)]) == 0
+    assert (run / "export" / "hf" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_in_the_way_is_left_alone_or_set_aside(run: Path, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (copy / "export" / "hf").mkdir(parents=True)
+    (copy / "export" / "hf" / "mine.txt").write_text("kept")
+    arguments = ["export", "--from", str(copy), "export.formats=[hf]"]
+    assert cli.main(arguments) == 2
+    assert "is not empty (hf)" in capfd.readouterr().err
+    assert (copy / "export" / "hf" / "mine.txt").read_text() == "kept"
+    assert cli.main([*arguments, "--fresh"]) == 0
+    assert (copy / "export.old-1" / "hf" / "mine.txt").exists() and (copy / "export" / "hf" / "config.json").exists()
+
+
+BAD = {
+    "unknown format": (["export.formats=[gguf]"], "export.formats[0] is 'gguf', which is none of hf, hf-int8, hf-w8a16, hf-int4, onnx"),
+    "no format": (["export.formats=[]"], "export.formats is empty"),
+    "group size": (["export.formats=[hf-int4]", "export.group_size=48"], "export.group_size 48 does not divide"),
+    "asymmetric": (["export.formats=[hf-int8]", "export.symmetric=false"], "set export.symmetric to true"),
+    "no such layer": (["export.formats=[hf-int8]", "export.keep_float=[head]"], "export.keep_float names head"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_exits_with_2_and_writes_nothing(
+    overrides: list[str], sentence: str, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", "--from", str(copy), *overrides]) == 2
+    assert sentence in capfd.readouterr().err
+    assert not (copy / "export").exists()
+
+
+def test_an_export_too_far_from_its_source_fails_and_is_left_aside(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "--from", str(copy), "export.formats=[hf-int8]"]
+    assert cli.main([*arguments, "export.thresholds.max_kl=1e-12"]) == 1
+    error = capfd.readouterr().err
+    assert "hf-int8: model: kl is" in error and "Traceback" not in error
+    assert status(copy) == "failed"
+    assert (copy / "export" / "hf-int8.unfinished" / "parity.json").exists()
+    assert not (copy / "export" / "manifest.json").exists() and not (copy / "export" / "hf-int8").exists()
+    assert cli.main(arguments) == 0  # what was left is no obstacle
+    assert sorted(path.name for path in (copy / "export").iterdir()) == ["config.yaml", "hf-int8", "manifest.json"]
+
+
+def test_the_gate_sees_a_wrong_export(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two rows of one matrix change places between the writer and the client."""
+    write = stage._write_and_compare.__globals__["write_atomically"]
+    from largeformer.export import formats
+
+    original = formats.write_weights
+
+    def swapped(*arguments: Any) -> int:
+        size = original(*arguments)
+        path = arguments[4] / "model.safetensors"
+        tensors = load_file(path)
+        rows = tensors["model.layers.1.mlp.up_proj.weight"]
+        rows[[0, 1]] = rows[[1, 0]]
+        save_file(tensors, path, {"format": "pt"})
+        return size
+
+    monkeypatch.setattr(formats, "write_weights", swapped)
+    assert cli.main(["export", "--from", str(copy), "export.formats=[hf]"]) == 1
+    assert "hf: model: logit_difference is" in capfd.readouterr().err
+    assert write is not None
+
+
+def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
+    """Both ranks hold the source; rank 0 writes, the other waits; the checkpoint's layout is another as well."""
+    result = start("export", "--from", str(copy), "parallel.tensor_model_parallel_size=2", launcher="torchrun")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in FORMATS:
+        assert (copy / "export" / name / "model.safetensors").read_bytes() == (run / "export" / name / "model.safetensors").read_bytes()
+
+
+def test_import_is_the_way_back(run: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "imported"
+    assert cli.main(["import", "--from", str(run / "export" / "hf"), "-o", str(imported)]) == 0
+    arguments = ["--prompt", "def __init__(", "--temperature", "0", "--max-new-tokens", "12"]
+    ours, theirs = (start("generate", "--from", str(folder), *arguments) for folder in (run, imported))
+    assert theirs.returncode == 0, theirs.stderr
+    assert ours.stdout == theirs.stdout
+
+
+def test_training_goes_on_from_an_import(run: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "imported"
+    overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]
+    overrides += ["train.train_iters=1", "train.eval_iters=1", "train.global_batch_size=2", "tracking.wandb.mode=disabled"]
+    assert cli.main(["import", "--from", str(run / "export" / "hf"), "-o", str(imported), *overrides]) == 0
+    done = start("pretrain", "-c", str(imported / "import" / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads((imported / "pretrain" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < 6.2  # below that of a new model, log(500) = 6.2
+
+
+def break_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+BAD_FOLDERS: dict[str, tuple[Any, str]] = {
+    "another architecture": (lambda f: break_config(f, model_type="bert"), "model_type is 'bert'; what can be imported: gpt2, llama"),
+    "scaled positions": (lambda f: break_config(f, rope_scaling={"type": "linear"}), "rope_scaling is {'type': 'linear'}"),
+    "another shape": (lambda f: break_config(f, intermediate_size=128), "has the shape [96, 64]; this model's is [128, 64]"),
+    "pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "holds its weights as pickles"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    "another vocabulary": (lambda f: break_config(f, vocab_size=501), "has 500 ids"),
+}
+
+
+@pytest.mark.parametrize(("harm", "sentence"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_folder_that_cannot_be_imported(run: Path, tmp_path: Path, harm: Any, sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(run / "export" / "hf", folder)
+    harm(folder)
+    assert cli.main(["import", "--from", str(folder), "-o", str(tmp_path / "imported")]) == 2
+    assert sentence in capfd.readouterr().err
+    assert not list((tmp_path / "imported").glob("import/checkpoints/step_*"))
+
+
+@pytest.mark.slow
+def test_gpt2_with_onnx(tmp_path: Path) -> None:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    recipe = write_recipe(tmp_path, model={**GPT2, "num_layers": 2}, export={"formats": None})
+    done = start("run", "-c", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    formats = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())["metrics"]["formats"]
+    assert list(formats) == ["hf", "onnx"]  # compressed-tensors does not know the layers of a GPT-2
+    assert formats["onnx"]["parity"]["model_int8"]["float_products"] == 0
+    assert formats["onnx"]["parity"]["model"]["same_continuation"] is True
+    refused = start("export", "-c", str(recipe), "export.formats=[hf-int8]", f"run.output_dir={tmp_path / 'run'}", "--fresh")
+    assert refused.returncode == 2 and "Conv1D" in refused.stderr
+    assert (tmp_path / "run" / "export" / "manifest.json").exists(), "what is there is untouched"
+    assert torch.load is not None
