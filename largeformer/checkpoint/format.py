@@ -239,11 +239,16 @@ def _copy(stored: Stored, part: tuple[slice, ...], target: torch.Tensor) -> None
     rows = part[0] if part else slice(0, 1)
     row_shape = place.shape[1:]
     whole_rows = all(s == slice(0, n) for s, n in zip(part[1:], row_shape, strict=True))
-    direct = whole_rows and target.is_contiguous() and target.dtype == place.dtype and target.device.type == "cpu"
-    held = target if direct else torch.empty((rows.stop - rows.start, *row_shape), dtype=place.dtype)
-    _read_into(_bytes_of(held), stored.file, stored.begin + rows.start * math.prod(row_shape) * place.dtype.itemsize)
-    if not direct:
-        target.copy_(held[(slice(None), *part[1:])].reshape(target.shape))
+    begin, row_bytes = stored.begin, math.prod(row_shape) * place.dtype.itemsize
+    if whole_rows and target.is_contiguous() and target.dtype == place.dtype and target.device.type == "cpu":
+        _read_into(_bytes_of(target), stored.file, begin + rows.start * row_bytes)
+        return
+    step = max(1, _CHUNK // max(1, row_bytes))  # no second copy of the whole block
+    for first in range(rows.start, rows.stop, step):
+        held = torch.empty((min(step, rows.stop - first), *row_shape), dtype=place.dtype)
+        _read_into(_bytes_of(held), stored.file, begin + first * row_bytes)
+        into = target[first - rows.start : first - rows.start + len(held)] if part else target
+        into.copy_(held[(slice(None), *part[1:])].reshape(into.shape))
 
 
 def _read_into(view: memoryview, path: Path, begin: int) -> None:

@@ -66,7 +66,7 @@ def find_run_recipe(source: Path) -> tuple[Path, Path | None]:
     elif here.name == "checkpoints":
         stages = [here.parent]
     else:
-        stages = [here / "pretrain", here]
+        stages = [here / "pretrain", here / "import", here]
     for stage in stages:
         if (stage / "config.yaml").is_file() and (stage / "checkpoints").is_dir():
             return stage / "config.yaml", stage.parent

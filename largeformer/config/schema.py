@@ -13,9 +13,9 @@ from pydantic import Field
 
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.export import ExportConfig
 from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
-from largeformer.config.export import ExportConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError

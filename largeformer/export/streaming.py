@@ -1,8 +1,8 @@
-"""Safetensors read one tensor at a time and written a few rows at a time: memory stays near the largest tensor.
+"""Whole tensors out of a checkpoint one at a time, and safetensors files that are written a few rows at a time.
 
-The safetensors library writes a file from a dictionary that holds all of it, and reads through a memory map, whose pages count as the
-process's own. The format itself is small (github.com/huggingface/safetensors): eight bytes with the length of a JSON header, the header
-with each tensor's dtype, shape and place, then the tensors' bytes.
+Memory stays near the largest tensor. The safetensors library writes a file from a dictionary that holds all of it; `checkpoint/format.py`
+writes tensor after tensor, each whole. Here several tensors grow side by side: one matrix of ours becomes three of theirs, or integers and
+their scales.
 """
 
 from __future__ import annotations
@@ -10,140 +10,60 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 
 from largeformer.artifact import write_atomically
+from largeformer.checkpoint.format import DTYPES, SUFFIX, Tensors, read_headers
+from largeformer.checkpoint.manifest import read_manifest
 from largeformer.errors import BadInputError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PART_BYTES = 16 * 2**20
-_LONGEST_HEADER = 100_000_000  # the library's own limit
-_SHARDING = "DCP_SHARDING_INFO"  # PyTorch's distributed checkpoint says by this where a file's block lies in its global tensor
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A block of a global tensor, `shape` at `offset`, from byte `start` of `path`."""
-
-    path: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class StoredTensors:
-    """The tensors in a folder's safetensors files: whole ones, or blocks of a distributed checkpoint.
+    """Global tensors by name, each read whole when it is asked for. One process."""
 
-    Raises BadInputError where the folder has none, or a file is broken.
-    """
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        """files: their names below `folder`. Raises BadInputError where one is no safetensors file."""
         self.folder = folder
-        self._pieces: dict[str, list[_Piece]] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise BadInputError(f"{folder} holds no .safetensors file: name the folder that the weights were saved in")
-        for path in files:
-            for name, piece in _pieces(path):
-                self._pieces.setdefault(name, []).append(piece)
+        self._tensors = Tensors(folder, read_headers(folder, files))
+        self._places = {place.name: place for place in self._tensors}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> StoredTensors:
+        """The weights of a checkpoint of ours, whatever layout it was saved at."""
+        return cls(checkpoint, [name for name in read_manifest(checkpoint) if name.startswith("weights/")])
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._pieces
+    @classmethod
+    def of_folder(cls, folder: Path) -> StoredTensors:
+        """All safetensors files in a folder. Raises BadInputError where it has none."""
+        names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+        if not names:
+            raise BadInputError(f"{folder} holds no {SUFFIX} file: name the folder that the weights were saved in")
+        return cls(folder, names)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._places)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._pieces[name][0].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        ends = [[at + size for at, size in zip(piece.offset, piece.shape, strict=True)] for piece in self._pieces[name]]
-        return tuple(max(end) for end in zip(*ends, strict=True))
-
-    def sizes(self) -> dict[str, int]:
-        """File -> bytes."""
-        return {path.name: path.stat().st_size for path in sorted({piece.path for held in self._pieces.values() for piece in held})}
+        return self._place(name).dtype
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU. Raises BadInputError where it is not there, or a part of it is missing."""
-        if name not in self._pieces:
+        return self._tensors.whole(self._place(name))
+
+    def _place(self, name: str) -> Any:
+        if name not in self._places:
             raise BadInputError(f"{self.folder} holds no {name}: it belongs to another model, or is incomplete")
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-        if sum(math.prod(piece.shape) for piece in self._pieces[name]) != whole.numel():
-            raise BadInputError(f"{self.folder} holds {name} in parts that do not cover it: a file of the checkpoint is missing")
-        for piece in self._pieces[name]:
-            block = whole[tuple(slice(at, at + size) for at, size in zip(piece.offset, piece.shape, strict=True))]
-            with piece.path.open("rb") as file:
-                file.seek(piece.start)
-                _fill(file, block)
-        return whole
-
-
-def _fill(file: BinaryIO, block: torch.Tensor) -> None:
-    """Read the next bytes of `file` into `block`, a few rows at a time where they do not lie together."""
-    parts = [block] if block.is_contiguous() else block.split(max(1, PART_BYTES // max(1, block[0].numel() * block.element_size())))
-    for part in parts:
-        held = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
-        if held.numel() and file.readinto(memoryview(_bytes(held))) != held.numel() * held.element_size():  # type: ignore[attr-defined]
-            raise BadInputError(f"{file.name} is shorter than its header says: copy it again")
-        if held is not part:
-            part.copy_(held)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """uint8[...]: a contiguous tensor's own memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def _pieces(path: Path) -> Iterator[tuple[str, _Piece]]:
-    header, start = _header(path)
-    size = path.stat().st_size - start
-    sharding = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "{}"))
-    for name, entry in header.items():
-        try:
-            dtype, shape, (first, last) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            offset = tuple(sharding[name]["saved_offsets"]) if sharding else (0,) * len(shape)
-            sound = all(isinstance(number, int) and number >= 0 for number in (*shape, *offset, first, last))
-            sound = sound and last <= size and last - first == math.prod(shape) * dtype.itemsize and len(offset) == len(shape)
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise BadInputError(f"{path} is broken: its header does not describe {name}; copy the file again")
-        yield name, _Piece(path, start + first, dtype, shape, offset)
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise BadInputError(f"{path} is no safetensors file: give the file itself, not a pointer to it")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise BadInputError(f"{path} is no safetensors file: give the file itself, not a pointer to it")
-    return header, 8 + length
+        return self._places[name]
 
 
 @dataclass(frozen=True)
@@ -199,7 +119,7 @@ class _File:
         at = 0
         places = {}
         for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):  # so each is aligned
-            header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, at + entry.bytes]}
+            header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, at + entry.bytes]}
             places[entry.name] = (entry.dtype, at, at + entry.bytes)
             at += entry.bytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -218,7 +138,7 @@ class _File:
         self._next[name] += rows.numel() * rows.element_size()
         assert self._next[name] <= self._end[name], f"{name} has more rows than announced"
         if rows.numel():
-            self._file.write(_bytes(rows.contiguous()))
+            self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self, complete: bool) -> None:
         self._file.flush()

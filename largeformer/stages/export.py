@@ -65,17 +65,17 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False) -> A
         started = time.time() - _CLOCK_SLACK_S
         first = inference_layout(recipe, world_size)
         with enter_world(first, training=False) as world:
-            plan = world.from_main(lambda: _plan(first, source, fresh))
+            found = find_source(first, source or newest_stage(first))
+            plan = world.from_main(lambda: _plan(first, found, fresh))
             if plan.done is not None:
                 return plan.done
             expected = reference(plan.recipe, world.regroup(plan.recipe), plan.source, plan.folder / _SCRATCH)
         return _export(plan, expected) if expected is not None else _wait(plan, started)
 
 
-def _plan(recipe: Recipe, source: Path | None, fresh: bool) -> _Plan:
+def _plan(recipe: Recipe, found: Source, fresh: bool) -> _Plan:
     from largeformer.export.formats import chosen
 
-    found = find_source(recipe, source or newest_stage(recipe))
     recipe = shaped_like(recipe, found.checkpoint)
     trained = Artifact.read(found.checkpoint.parent.parent)
     parents = {parent.kind: parent.identity for parent in (found.prepared, trained) if parent is not None}
@@ -114,7 +114,7 @@ def _job(recipe: Recipe, source: Source) -> Job:
 
     tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
     return Job(
-        source=StoredTensors(source.checkpoint / "weights"),
+        source=StoredTensors.of_checkpoint(source.checkpoint),
         model=recipe.model,
         vocab_size=recipe.tokenizer.vocab_size,
         config=recipe.export,

@@ -47,7 +47,7 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
     with reporting(recipe, STAGE):
         parameters = _write_checkpoint(weights, recipe, folder)
         metrics = {"architecture": (config.get("architectures") or [config["model_type"]])[0], "parameters": parameters}
-        identity = identity_hash({"stage": STAGE, "config": config, "weights": weights.sizes()})
+        identity = identity_hash({"stage": STAGE, "config": config, "weights": _sizes(source)})
         print(f"imported {parameters:,} parameters into {folder}", flush=True)
         if not (folder / TOKENIZER).exists():
             print(f"{source} has no {TOKENIZER} (SentencePiece): text goes in and out once you give one as tokenizer.model of the recipe")
@@ -73,7 +73,11 @@ def _open(source: Path) -> StoredTensors:
             f"{source} holds its weights as pickles (.bin), which may run code when they are opened: save the model again with "
             "save_pretrained(folder, safe_serialization=True), and import that"
         )
-    return StoredTensors(source)
+    return StoredTensors.of_folder(source)
+
+
+def _sizes(source: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))}
 
 
 def _recipe(
@@ -94,7 +98,7 @@ def _recipe(
         load_tokenizer(source / TOKENIZER, vocab_size)
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
         tokenizer["model"] = str(folder / TOKENIZER)
-    precision = _PRECISIONS.get(str(weights.dtype(next(iter(weights)))), "fp32")
+    precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     tree = {
         "run": {"name": output.name, "output_dir": str(output)},
         "model": model.model_dump(mode="json"),
@@ -116,12 +120,15 @@ def _recipe(
 
 def _write_checkpoint(weights: StoredTensors, recipe: Recipe, folder: Path) -> int:
     """Commit the weights as a checkpoint at step 0. Returns the number of parameters."""
-    from largeformer.checkpoint.commit import new_checkpoint
-    from largeformer.checkpoint.format import Block, write_blocks
+    from largeformer.checkpoint.commit import begin, commit
+    from largeformer.checkpoint.format import Block
     from largeformer.models.hf_mapping import from_hugging_face
+    from largeformer.training.checkpointing import Contents, first_state, write_contents
 
-    state = from_hugging_face({name: weights.read(name) for name in weights}, recipe.model, recipe.tokenizer.vocab_size)
-    with new_checkpoint(folder / "checkpoints", 0) as path:
-        write_blocks(path / "weights", [Block(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)) for name, tensor in state.items()])
-        write_atomically(path / "config.yaml", recipe_yaml(recipe).encode())
+    state = from_hugging_face({name: weights.read(name) for name in weights.names}, recipe.model, recipe.tokenizer.vocab_size)
+    places = [Block(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)).place for name, tensor in state.items()]
+    texts = {"state.json": first_state(), "config.yaml": recipe_yaml(recipe).encode()}
+    temporary = begin(folder / "checkpoints", 0)
+    contents = Contents(0, {"weights": places}, [], texts)
+    commit(temporary, *write_contents(temporary, contents, (("weights", tensor) for tensor in state.values())))
     return sum(tensor.numel() for tensor in state.values())

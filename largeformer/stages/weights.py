@@ -36,10 +36,16 @@ def find_source(recipe: Recipe, source: Path | None) -> Source:
     from largeformer.checkpoint.verify import find
     from largeformer.parallel.agreement import from_main, is_main
 
-    found = find(source or Path(recipe.run.output_dir) / "pretrain", recipe.checkpoint.verify == "sha256", below="weights/")
+    found = find(_trained(source or Path(recipe.run.output_dir)), recipe.checkpoint.verify == "sha256", below="weights/")
     for refused in found.refused if is_main() else ():
         _log.warning("%s; using %s instead", refused, found.checkpoint.name)
     return from_main(lambda: _with_data(recipe, found.checkpoint))
+
+
+def _trained(source: Path) -> Path:
+    """The stage that a run folder's weights come from: what was trained, else what was imported."""
+    stages = [source / name for name in ("pretrain", "import") if (source / name / "checkpoints").is_dir()]
+    return stages[0] if stages else source
 
 
 def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
@@ -48,6 +54,9 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
         prepared = Artifact.read(folder)
         if prepared is not None:
             return Source(checkpoint, prepared)
+    imported = Artifact.read(checkpoint.parent.parent)
+    if imported is not None and (imported.path / "tokenizer.model").exists():
+        return Source(checkpoint, imported)
     raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
 
 
@@ -55,7 +64,7 @@ def newest_stage(recipe: Recipe) -> Path:
     """The last stage of the recipe's own run that has left checkpoints, in the order of `run.stages`."""
     run = Path(recipe.run.output_dir)
     trained = [run / stage for stage in recipe.run.stages if (run / stage / "checkpoints").is_dir()]
-    return trained[-1] if trained else run / "pretrain"
+    return trained[-1] if trained else run
 
 
 def shaped_like(recipe: Recipe, checkpoint: Path) -> Recipe:

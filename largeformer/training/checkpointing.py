@@ -111,6 +111,18 @@ def contents_of(engine: Engine, state: TrainingState, config_yaml: str) -> Conte
     return Contents(engine.groups.rank, engine.state.places(), random, texts if engine.groups.rank == 0 else {})
 
 
+def first_state() -> bytes:
+    """`state.json` of a model that was not trained here: nothing is done, and no layout is the one that it was saved at."""
+    record = {
+        "format": FORMAT,
+        "layout": {},
+        "optimizer": {"kinds": [], "steps": 0},
+        "loss_scaler": {},
+        **asdict(TrainingState(Progress())),
+    }
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
 def write_contents(folder: Path, contents: Contents, tensors: Iterable[tuple[str, Any]]) -> tuple[Files, str | None]:
     """Write this rank's files below `folder`; returns what they are, or why they could not be written.
 

@@ -44,7 +44,7 @@ SCHEMES = {
 def stored(built: Built, folder: Path) -> StoredTensors:
     folder.mkdir()
     save_file(built.weights(), folder / "all.safetensors")
-    return StoredTensors(folder)
+    return StoredTensors.of_folder(folder)
 
 
 def export(source: StoredTensors, recipe: Recipe, folder: Path, encoder: Encoder, quantization: Any = None, shard: int = 10**9) -> Path:
@@ -152,7 +152,8 @@ def save_at_layout(ranks: RankContext, recipe: Recipe, folder: Path) -> None:
     groups = create_groups(recipe.layout(ranks.world_size))
     seed_ranks(1, groups.coordinates.tensor, groups.coordinates.data, groups.coordinates.pipeline)
     _, shards = build_gpt(recipe, groups, device)
-    write_blocks(folder, weight_blocks([shard for shard in shards if shard.main]))
+    folder.mkdir(exist_ok=True)
+    write_blocks(folder / f"rank_{ranks.rank}.safetensors", weight_blocks([shard for shard in shards if shard.main]))
     destroy_groups()
 
 
@@ -166,7 +167,7 @@ def test_any_layout_exports_the_same_bytes(ranks: Callable[[int], RankPool], tmp
         recipe = tiny_recipe(model=model, parallel=parallel)
         weights = tmp_path / layout
         ranks(world_size).run(save_at_layout, recipe, weights)
-        source = StoredTensors(weights)
+        source = StoredTensors.of_folder(weights)
         encoders: dict[str, Encoder] = {"hf": Plain(torch.float32)}
         if not tied:
             encoders |= {name: compressed(recipe, SCHEMES[name]) for name in ("W8A8, a scale for each token", "W4A16")}

@@ -135,7 +135,7 @@ def test_every_shape(name: str, tmp_path: Path) -> None:
 def test_the_twin_takes_the_checkpoints_weights(tmp_path: Path) -> None:
     plain, model = plain_model("llama")
     save_file(from_hugging_face(plain.state_dict(), model, 250, "llama"), tmp_path / "a.safetensors")
-    loaded = onnx.plain_twin(StoredTensors(tmp_path), model, 250)
+    loaded = onnx.plain_twin(StoredTensors.of_folder(tmp_path), model, 250)
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     with pytest.raises(BadInputError, match="which is not this model's"):
-        onnx.plain_twin(StoredTensors(tmp_path), model, 251)
+        onnx.plain_twin(StoredTensors.of_folder(tmp_path), model, 251)

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from largeformer import cli
-from largeformer.stages import export as stage
 from tests.recipes import GPT2, TINY
 from tests.stages.test_end_to_end import start, status
 
@@ -137,7 +135,6 @@ def test_an_export_too_far_from_its_source_fails_and_is_left_aside(copy: Path, c
 
 def test_the_gate_sees_a_wrong_export(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Two rows of one matrix change places between the writer and the client."""
-    write = stage._write_and_compare.__globals__["write_atomically"]
     from largeformer.export import formats
 
     original = formats.write_weights
@@ -154,7 +151,6 @@ def test_the_gate_sees_a_wrong_export(copy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(formats, "write_weights", swapped)
     assert cli.main(["export", "--from", str(copy), "export.formats=[hf]"]) == 1
     assert "hf: model: logit_difference is" in capfd.readouterr().err
-    assert write is not None
 
 
 def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
@@ -224,4 +220,3 @@ def test_gpt2_with_onnx(tmp_path: Path) -> None:
     refused = start("export", "-c", str(recipe), "export.formats=[hf-int8]", f"run.output_dir={tmp_path / 'run'}", "--fresh")
     assert refused.returncode == 2 and "Conv1D" in refused.stderr
     assert (tmp_path / "run" / "export" / "manifest.json").exists(), "what is there is untouched"
-    assert torch.load is not None
