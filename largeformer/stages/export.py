@@ -30,6 +30,7 @@ from largeformer.stages.exporting import reference, sample_texts
 from largeformer.stages.generate import inference_layout
 from largeformer.stages.weights import Source, find_source, newest_stage, shaped_like
 from largeformer.stages.world import enter_world, reporting
+from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from largeformer.export.formats import Job
@@ -61,7 +62,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False) -> A
     """Export the checkpoint at `source` (default: the newest stage of the recipe's own run). Every rank computes the source's answers;
     then rank 0 works and the others wait. Raises BadInputError, or StageFailed where an export is too far from its source."""
     world_size = discover(os.environ).world_size
-    with reporting(recipe, STAGE):
+    with reporting(recipe, STAGE), StopSignals.current().at_once():
         started = time.time() - _CLOCK_SLACK_S
         first = inference_layout(recipe, world_size)
         with enter_world(first, training=False) as world:

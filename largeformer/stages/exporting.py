@@ -61,14 +61,14 @@ def reference(recipe: Recipe, world: World, source: Source, folder: Path) -> Ref
 
 def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     """The first windows of the held-out text, `export.gate_tokens` in all or as many as there are."""
-    from largeformer.data.loader import evaluation_windows
+    from largeformer.data.loader import Reading, evaluation_windows
     from largeformer.data.splits import held_out_streams
 
     folder = source.prepared.path
     tokenizer = prepare.open_tokenizer(recipe, folder)
     streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
     count = -(-recipe.export.gate_tokens // recipe.model.seq_length)
-    return islice(evaluation_windows(streams, recipe.model.seq_length, 1, eod=tokenizer.eod), count)
+    return islice(evaluation_windows(streams, recipe.model.seq_length, Reading(micro_batch_size=1), tokenizer.eod), count)
 
 
 def sample_texts(recipe: Recipe, source: Source) -> list[str]:
