@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from largeformer.config.data import TokenizerConfig
 from largeformer.config.export import ExportConfig, ExportFormat, ThresholdsConfig
 from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
@@ -30,16 +31,20 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Job:
     """What is exported. `given`: scales that calibration found, by Hugging Face's module names; empty: they follow from the weights.
 
-    `tokenizer`: the SentencePiece file; None where tokens are mock.
+    `tokenizer`: its file; None where tokens are mock.
     """
 
     source: StoredTensors
     model: ModelConfig
-    vocab_size: int
+    tokens: TokenizerConfig
     config: ExportConfig
     ids: SpecialIds
     tokenizer: Path | None = None
     given: Mapping[str, Given] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokens.vocab_size
 
     @property
     def stored(self) -> torch.dtype:
@@ -99,7 +104,7 @@ def _write_hf(job: Job, folder: Path, encoder: Encoder | None = None, quantizati
     write_weights(job.source, job.model, job.vocab_size, encoder or Plain(job.dtype), folder, shard)
     write_configs(job.model, job.vocab_size, job.dtype, job.ids, folder, quantization)
     if job.tokenizer is not None:
-        write_tokenizer(job.tokenizer, job.model.seq_length, folder)
+        write_tokenizer(job.tokenizer, job.tokens, job.model.seq_length, folder)
 
 
 def _open_hf(job: Job, folder: Path) -> Iterator[Opened]:

@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from largeformer.artifact import write_atomically
-from largeformer.data.tokenizer import SPACE
+from largeformer.config.data import TokenizerConfig
+from largeformer.data.sentencepiece_tokenizer import SPACE
 from largeformer.errors import BadInputError
 
-_SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
-_FURTHER = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+_SPECIAL = {
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+}
 
 
 @dataclass(frozen=True)
@@ -32,28 +40,34 @@ class _Piece:
 _KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 
 
-def write_tokenizer(model_file: Path, max_length: int, folder: Path) -> None:
-    """`tokenizer.json`, `tokenizer_config.json`, and the model itself, for clients that read that.
+def write_tokenizer(file: Path, config: TokenizerConfig, max_length: int, folder: Path) -> None:
+    """`tokenizer.json`, `tokenizer_config.json`, and a SentencePiece model itself, for clients that read that.
 
-    max_length: the model's positions. Raises BadInputError for a SentencePiece model that the JSON cannot stand for.
+    file: the tokenizer of the run, as `config` says. max_length: the model's positions. Raises BadInputError for a SentencePiece model that
+    the JSON cannot stand for.
     """
-    content = model_file.read_bytes()
-    proto = _read(content)
-    pieces = [_Piece(piece.piece, piece.score, _KINDS[piece.type]) for piece in proto.pieces]
-    backend = _backend(proto, pieces)
-    backend.save(str(folder / "tokenizer.json"))
-    present = {piece.text for piece in pieces if piece.kind in ("control", "unknown")}
-    named = {key: text for key, text in {**_SPECIAL, **_FURTHER}.items() if text in present}
-    config = {
+    content = file.read_bytes()
+    if config.type == "huggingface":
+        write_atomically(folder / "tokenizer.json", content)
+        named = {}
+    else:
+        proto = _read(content)
+        pieces = [_Piece(piece.piece, piece.score, _KINDS[piece.type]) for piece in proto.pieces]
+        _backend(proto, pieces).save(str(folder / "tokenizer.json"))
+        write_atomically(folder / "tokenizer.model", content)
+        present = {piece.text for piece in pieces if piece.kind in ("control", "unknown")}
+        named = {key: text for key, text in _SPECIAL.items() if text in present}
+    given = {"eos_token": config.eod_token, "pad_token": config.pad_token}
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
+        **{key: text for key, text in given.items() if text is not None},
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         # `<s>` in a text is three characters.
         "split_special_tokens": True,
     }
-    write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_atomically(folder / "tokenizer.model", content)
+    write_atomically(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def _read(content: bytes) -> Any:

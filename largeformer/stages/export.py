@@ -109,6 +109,7 @@ def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _job(recipe: Recipe, source: Source) -> Job:
+    from largeformer.data.tokenizer import tokenizer_file
     from largeformer.export.formats import Job
     from largeformer.export.huggingface import SpecialIds
     from largeformer.export.streaming import StoredTensors
@@ -117,10 +118,10 @@ def _job(recipe: Recipe, source: Source) -> Job:
     return Job(
         source=StoredTensors.of_checkpoint(source.checkpoint),
         model=recipe.model,
-        vocab_size=recipe.tokenizer.vocab_size,
+        tokens=recipe.tokenizer,
         config=recipe.export,
         ids=SpecialIds(eos=tokenizer.eod, pad=tokenizer.pad if tokenizer.pad >= 0 else None),
-        tokenizer=None if recipe.data.is_mock else prepare.tokenizer_file(source.prepared.path),
+        tokenizer=None if recipe.data.is_mock else source.prepared.path / tokenizer_file(recipe.tokenizer),
     )
 
 
@@ -182,8 +183,8 @@ def _same_ids(target: Path, job: Job, texts: list[str]) -> float:
     from largeformer.export.clients import tokenizer_ids
 
     assert job.tokenizer is not None
-    ours = load_tokenizer(job.tokenizer, job.vocab_size).encode_batch(texts)
-    same = sum(len(text) for text, a, b in zip(texts, ours, tokenizer_ids(target, texts), strict=True) if a == b)
+    ours = load_tokenizer(job.tokenizer, job.tokens)
+    same = sum(len(text) for text, ids in zip(texts, tokenizer_ids(target, texts), strict=True) if ours.encode(text) == ids)
     return same / sum(map(len, texts))
 
 

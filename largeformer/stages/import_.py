@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
+from largeformer.config.data import TokenizerConfig
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.config.source import to_yaml
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from largeformer.export.streaming import StoredTensors
 
 STAGE = "import"
-TOKENIZER = "tokenizer.model"
+_TOKENIZERS = {"tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
@@ -49,8 +50,8 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
         metrics = {"architecture": (config.get("architectures") or [config["model_type"]])[0], "parameters": parameters}
         identity = identity_hash({"stage": STAGE, "config": config, "weights": _sizes(source)})
         print(f"imported {parameters:,} parameters into {folder}", flush=True)
-        if not (folder / TOKENIZER).exists():
-            print(f"{source} has no {TOKENIZER} (SentencePiece): text goes in and out once you give one as tokenizer.model of the recipe")
+        if recipe.tokenizer.model is None:
+            print(f"{source} has no tokenizer that we read ({' or '.join(_TOKENIZERS)}): give one as tokenizer.model of the recipe")
         return Artifact(STAGE, folder, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
 
 
@@ -90,14 +91,7 @@ def _recipe(
     overrides: Sequence[str],
 ) -> Recipe:
     """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
-    from largeformer.data.tokenizer import load_tokenizer
-
-    vocab_size = config["vocab_size"]
-    tokenizer: dict[str, Any] = {"vocab_size": vocab_size}
-    if (source / TOKENIZER).is_file():
-        load_tokenizer(source / TOKENIZER, vocab_size)
-        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
-        tokenizer["model"] = str(folder / TOKENIZER)
+    tokenizer = _copy_tokenizer(source, config["vocab_size"], folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     tree = {
         "run": {"name": output.name, "output_dir": str(output)},
@@ -116,6 +110,31 @@ def _recipe(
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
     write_atomically(draft, recipe_yaml(recipe).encode())
     return recipe
+
+
+def _copy_tokenizer(source: Path, vocab_size: int, folder: Path) -> dict[str, Any]:
+    """The recipe's section `tokenizer`, for the folder's tokenizer, which is tried and copied, or for none."""
+    from largeformer.data.tokenizer import load_tokenizer
+
+    name = next((name for name in _TOKENIZERS if (source / name).is_file()), None)
+    section: dict[str, Any] = {"vocab_size": vocab_size}
+    if name is None:
+        return section
+    section["type"] = _TOKENIZERS[name]
+    if name == "tokenizer.json":
+        section["eod_token"] = _end_of_text(source)
+    load_tokenizer(source / name, TokenizerConfig.model_validate(section))
+    shutil.copyfile(source / name, folder / name)
+    return {**section, "model": str(folder / name)}
+
+
+def _end_of_text(source: Path) -> str | None:
+    """The name of the token that ends a text, as `tokenizer_config.json` gives it."""
+    try:
+        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _write_checkpoint(weights: StoredTensors, recipe: Recipe, folder: Path) -> int:

@@ -42,11 +42,6 @@ def prefixes(recipe: Recipe, folder: Path) -> list[tuple[Path, float]]:
     return [(folder / pair_name(i, source.path), source.weight) for i, source in enumerate(recipe.data.sources)]
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """The SentencePiece model in a prepare folder."""
-    return folder / _TOKENIZER
-
-
 def open_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
     """The tokenizer in a prepare folder, checked against the recipe's vocabulary."""
     if recipe.data.is_mock:

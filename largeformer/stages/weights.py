@@ -55,7 +55,7 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
         if prepared is not None:
             return Source(checkpoint, prepared)
     imported = Artifact.read(checkpoint.parent.parent)
-    if imported is not None and (imported.path / "tokenizer.model").exists():
+    if imported is not None and imported.kind == "import":
         return Source(checkpoint, imported)
     raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
 
