@@ -157,7 +157,7 @@ def test_a_spike_is_left_out_once_and_for_good(tmp_path: Path) -> None:
 PHASES: dict[str, tuple[str, bool, list[int], str, list[str]]] = {
     "while torch is imported": ("1 torch import 1 SIGTERM", False, [75, 75], "requeue", []),
     "while text is prepared": ("0 largeformer.stages.prepare _encode 1 SIGTERM", True, [75, 75], "requeue", []),
-    "while others prepare": ("1 largeformer.stages.prepare read_status 1 SIGUSR1", True, [75, 75], "requeue", []),
+    "while others prepare": ("1 largeformer.stages.prepare wait_or_load 1 SIGUSR1", True, [75, 75], "requeue", []),
     "while the model is built": ("0 largeformer.models.gpt build_gpt 1 SIGUSR1", False, [75, 75], "requeue", []),
     "in the first step": (f"0 {FORWARD} 1 SIGTERM", False, [75, 75], "requeue", ["step_00000001"]),
     "while validating": (f"1 {VALIDATE} 1 SIGTERM", False, [75, 75], "requeue", ["step_00000003"]),
@@ -170,11 +170,12 @@ PHASES: dict[str, tuple[str, bool, list[int], str, list[str]]] = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase(tmp_path: Path, phase: str) -> None:
     faults, text, codes, told, there = PHASES[phase]
-    data: dict[str, Any] = {"sources": [{"path": str(Path(json.__file__).parent / "*.py")}], "split": "80,10,10"} if text else {}
+    sources = [{"path": str(Path(json.__file__).parent.parent / name / "*.py")} for name in ("json", "email")]
+    data: dict[str, Any] = {"sources": sources, "split": "80,10,10"} if text else {}
     path = recipe(
         tmp_path,
         data=data,
-        tokenizer={"vocab_size": 400},
+        tokenizer={"vocab_size": 500},
         train={"eval_interval": 3},
         checkpoint={"save_interval": 4},
     )
