@@ -30,6 +30,7 @@ from largeformer.stages.world import reporting
 from largeformer.training.signals import StopRequested, StopSignals
 
 KIND = "prepare"
+_STOPS_TOGETHER_S = 20.0  # between a signal to a waiting rank and its end, where the rank that prepares has not stopped or finished
 _CLOCK_SLACK_S = 2.0  # what the clocks of two machines may differ
 
 
@@ -87,7 +88,7 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
     """
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
-    started = time.monotonic()
+    started, signals = time.monotonic(), StopSignals.current()
     since = since if since is not None else _process_start() - _CLOCK_SLACK_S
     while True:
         there = Artifact.read(folder)
@@ -99,6 +100,8 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
         # No slack here: the run that was stopped a second ago is the one that this one goes on with.
         if status.get("status") == "requeue" and status.get("stage") == KIND and status.get("time", 0.0) >= since + _CLOCK_SLACK_S:
             raise StopRequested(f"prepare was {status.get('reason')} on the rank that runs it")
+        if signals.seconds_since() > _STOPS_TOGETHER_S:
+            raise signals.stopping()
         if timeout is not None and time.monotonic() - started > timeout:
             raise TimeoutError(
                 f"no {folder / 'manifest.json'} after {timeout:g} s: is the rank that runs prepare alive, and the folder shared?"

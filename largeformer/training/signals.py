@@ -31,6 +31,7 @@ class StopSignals:
         self._first: signal.Signals | None = None
         self._at = 0.0
         self._at_once = False
+        self._process = os.getpid()
 
     @classmethod
     def install(cls) -> StopSignals:
@@ -47,6 +48,10 @@ class StopSignals:
         return handler if isinstance(handler, StopSignals) else cls()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that was forked from it: its parent ends it by SIGTERM, and waits for that
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self._first is not None:
             return  # a second signal changes nothing: the first is being seen to
         self._first, self._at = signal.Signals(number), time.monotonic()
