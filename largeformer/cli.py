@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from largeformer import __version__
-from largeformer.commands import checkpoint, checks, export, plan, stages, tracking
+from largeformer.commands import checkpoint, checks, export, launching, plan, stages, tracking
 from largeformer.commands.arguments import DONE, exit_code, speaks_for_all
 from largeformer.errors import BadInputError, StageFailed
 from largeformer.training.signals import EXIT_CODE as STOPPED
@@ -61,6 +61,7 @@ for command in (stages.prepare, stages.pretrain, stages.evaluate, stages.generat
 app.command("run")(stages.run_stages)
 app.command("plan")(plan.plan)
 app.add_typer(checkpoint.commands, name="checkpoint")
+app.command()(launching.submit)
 app.command()(tracking.report)
 app.command()(tracking.sync)
 app.command("export")(export.export)

@@ -60,7 +60,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
 
 def test_help_names_every_stage() -> None:
     text = run("--help").stdout
-    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor", "plan", "report", "sync"):
+    for stage in ("prepare", "pretrain", "evaluate", "generate", "run", "parity", "bench", "doctor", "plan", "submit", "report", "sync"):
         assert f" {stage} " in text
 
 
@@ -85,6 +85,17 @@ BAD = {
     "nothing to generate from": (["generate", "--prompt", "x"], "error: neither a recipe nor a run is given"),
     "no such run": (["evaluate", "--from", "runs/none"], "error: --from runs/none: there is no such folder"),
     "sampling out of range": (["generate", "-c", "quickstart", "--prompt", "x", "--top-p", "2"], "error: generate.top_p is 2.0, which"),
+    "submit: world that does not fit": (
+        ["submit", "-c", "quickstart", "--nodes", "3", "--dry-run"],
+        "error: train.global_batch_size 16 is not a multiple of train.micro_batch_size 4 x data parallel 3",
+    ),
+    "submit: no time": (["submit", "-c", "quickstart", "--time", "soon", "--dry-run"], "error: --time soon is no time limit of SLURM"),
+    "submit: stage": (["submit", "-c", "quickstart", "--stage", "export", "--dry-run"], "error: --stage export has no batch script"),
+    "submit: output": (
+        ["submit", "-c", "quickstart", "run.output_dir=/dev/null/x", "--dry-run"],
+        "error: run.output_dir /dev/null/x: /dev/null is not a folder that may be written to",
+    ),
+    "no hostfile": (["doctor", "--hostfile", "nowhere"], "error: hostfile nowhere cannot be read"),
     "doctor's override": (["doctor", "run.seed=1"], "error: override 'run.seed=1' has no recipe to change"),
 }
 
@@ -230,6 +241,6 @@ def test_evaluate_and_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["evaluate", "-c", "quickstart"]) == 0
     assert evaluate.called[0][1] is None
     assert cli.main(["doctor", "--json"]) == 1
-    assert doctor.called[0] == (None, True)
+    assert doctor.called[0] == (None, True, None)
     assert cli.main(["doctor", "-c", "quickstart"]) == 1
     assert doctor.called[0][0].run.name == "quickstart" and doctor.called[0][1] is False

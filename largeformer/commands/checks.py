@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def bench(
 def doctor(
     config: Annotated[str | None, typer.Option("--config", "-c", metavar="RECIPE", help="Check what this recipe needs.")] = None,
     overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="Check a hostfile of deepspeed too.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """What this machine has, and what would fail, each with its remedy."""
@@ -46,4 +48,4 @@ def doctor(
     recipe = load(config, overrides) if config is not None else None
     from largeformer.stages import doctor as stage
 
-    return exit_code(stage.run(recipe, as_json))
+    return exit_code(stage.run(recipe, as_json, hostfile))

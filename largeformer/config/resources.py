@@ -1,7 +1,7 @@
-"""Where the files that come with largeformer are: recipes and DeepSpeed configs, found by path or by bare name.
+"""Where the files that come with largeformer are: recipes and DeepSpeed configs, found by path or by bare name, and batch scripts.
 
-In a source tree they lie in `launch/recipes/` and `ds_configs/` beside the package; an installed wheel carries the same
-two folders inside it.
+In a source tree they lie in `launch/recipes/`, `ds_configs/` and `launch/slurm/` beside the package; an installed wheel carries the
+same folders inside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from largeformer.errors import BadInputError
 _PACKAGE = Path(__file__).resolve().parent.parent
 _RECIPE_FOLDERS = (_PACKAGE.parent / "launch" / "recipes", _PACKAGE / "_shipped" / "recipes")
 _DEEPSPEED_FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "_shipped" / "ds_configs")
+_BATCH_FOLDERS = (_PACKAGE.parent / "launch" / "slurm", _PACKAGE / "_shipped" / "slurm")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -25,6 +26,11 @@ def shipped_recipes() -> dict[str, Path]:
 def shipped_deepspeed() -> dict[str, Path]:
     """Name -> file of every DeepSpeed config that comes with largeformer."""
     return _named_files(_DEEPSPEED_FOLDERS, ".json")
+
+
+def batch_script(name: str) -> str:
+    """The text of a shipped SLURM batch script: `pretrain`, `pipeline` or `array_sweep`."""
+    return _named_files(_BATCH_FOLDERS, ".sbatch")[name].read_text()
 
 
 def find_recipe(path_or_name: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,16 +14,21 @@ from rich.text import Text
 
 from largeformer.config.deepspeed import load_deepspeed
 from largeformer.config.schema import Recipe
+from largeformer.launching.hostfile import read_hostfile
 from largeformer.planning.doctor import diagnose
 from largeformer.planning.findings import Finding, Needs
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-def run(recipe: Recipe | None, as_json: bool = False) -> int:
-    """Check this machine, for `recipe` where one is given. Returns the exit code: 1 where a run would fail, else 0."""
+def run(recipe: Recipe | None, as_json: bool = False, hostfile: Path | None = None) -> int:
+    """Check this machine, for `recipe` where one is given. Returns the exit code: 1 where a run would fail, else 0. Raises BadInputError
+    where `hostfile` is wrong."""
+    hosts = read_hostfile(hostfile) if hostfile is not None else {}
     needs = Needs.of(recipe, load_deepspeed(recipe)) if recipe is not None else None
     findings = diagnose(needs, os.environ)
+    if hosts:
+        findings.append(Finding("hostfile", "ok", f"{len(hosts)} hosts, {sum(hosts.values())} ranks"))
     counts = {level: sum(finding.level == level for finding in findings) for level in _STYLES}
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "counts": counts}, indent=2))

@@ -60,11 +60,20 @@ def check_world(recipe: Recipe) -> None:
 
     info = discover(os.environ)
     resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
-    problems = machine_problems(recipe.train.precision, info.local_rank)
+    problems = output_problems(recipe) + machine_problems(recipe.train.precision, info.local_rank)
     if info.rank < info.local_world_size:  # rank 0 will ask for the key; its machine's ranks stop together
         problems += login_problems(recipe.tracking.wandb.mode)
     if problems:
         raise BadInputError(problems)
+
+
+def output_problems(recipe: Recipe) -> list[str]:
+    """A sentence where this process could not write into the output folder, or make it."""
+    folder = Path(recipe.run.output_dir).absolute()
+    there = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return []
+    return [f"run.output_dir {recipe.run.output_dir}: {there} is not a folder that may be written to; choose another"]
 
 
 @contextlib.contextmanager
