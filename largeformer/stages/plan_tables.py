@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +14,9 @@ from largeformer.planning.advice import advice
 from largeformer.planning.hardware import GIB
 from largeformer.planning.memory import RankMemory
 from largeformer.planning.money import Bill, BusinessCase
+from largeformer.planning.plan import Plan
 from largeformer.planning.prediction import Prediction
 from largeformer.planning.search import deepspeed_name
-
-if TYPE_CHECKING:
-    from largeformer.stages.plan import Plan
 
 _MOST_STAGES = 8  # a longer pipeline shows its first, second and last stages
 _PARTS = (

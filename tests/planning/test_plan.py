@@ -21,10 +21,10 @@ from largeformer.planning.activations import backward_bytes
 from largeformer.planning.advice import advice
 from largeformer.planning.hardware import GIB, PRESETS, cluster_of
 from largeformer.planning.money import Bill, bill, business_case
+from largeformer.planning.plan import make
 from largeformer.planning.prediction import Prediction, job_of, predict
 from largeformer.planning.search import describe, search
 from largeformer.planning.step import step_time
-from largeformer.stages.plan import make
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = ["-c", "llama-70b", "--gpu", "h100", "--world-size", "1024", "--tokens", "2e12", "--price-per-gpu-hour", "2.5"]
