@@ -99,7 +99,9 @@ def save_many(rank: int, run: Path, async_save: bool, victim: int, at: int | Non
             bench.engine.train_step(bench.share(global_batch(bench.recipe, step)), 1e-2)
             checkpoints.poll()
             checkpoints.save(TrainingState(Progress(step=step)))
-            fuse.burning = step >= 1
+            if step == 1:
+                checkpoints._complete()  # there is one to be found, whatever comes
+                fuse.burning = True
         checkpoints.finish()
     (run / f"count{rank}").write_text(str(fuse.count))
 
