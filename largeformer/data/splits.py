@@ -35,7 +35,7 @@ from largeformer.config.sampling import CurriculumSampling, LossSampling, Temper
 from largeformer.data.difficulty import order_windows
 from largeformer.data.indexed import SPLITS, SplitName, bin_path, open_indexed, split_documents, split_tokens
 from largeformer.data.sampling import temperature_shares
-from largeformer.data.tokenizer import MockTokenizer, Tokenizer
+from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer
 from largeformer.data.windows import Sample, Windows
 from largeformer.errors import BadInputError
 

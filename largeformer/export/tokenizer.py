@@ -16,7 +16,7 @@ from typing import Any
 
 from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
-from largeformer.data.sentencepiece_tokenizer import SPACE
+from largeformer.data.tokenization.sentencepiece import SPACE
 from largeformer.errors import BadInputError
 
 _SPECIAL = {
@@ -143,7 +143,7 @@ def _spaced(piece: _Piece) -> str:
 
 
 def _normalizers(spec: Any, spells_bytes: bool) -> Any:
-    """What is done to a text first: nothing with our own models, more with those made elsewhere. See `data/tokenizer.py` on U+2581."""
+    """What is done to a text first: nothing with our own models, more with those made elsewhere. On U+2581 see `data/tokenization`."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []

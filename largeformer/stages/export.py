@@ -109,7 +109,7 @@ def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _job(recipe: Recipe, source: Source) -> Job:
-    from largeformer.data.tokenizer import tokenizer_file
+    from largeformer.data.tokenization.tokenizer import tokenizer_file
     from largeformer.export.formats import Job
     from largeformer.export.huggingface import SpecialIds
     from largeformer.export.streaming import StoredTensors
@@ -179,7 +179,7 @@ def _write_and_compare(name: str, job: Job, target: Path, expected: Reference, t
 
 def _same_ids(target: Path, job: Job, texts: list[str]) -> float:
     """The share of the text, in characters, for which the exported tokenizer gives the same ids as ours."""
-    from largeformer.data.tokenizer import load_tokenizer
+    from largeformer.data.tokenization.tokenizer import load_tokenizer
     from largeformer.export.clients import tokenizer_ids
 
     assert job.tokenizer is not None

@@ -34,10 +34,10 @@ class Feed:
 
 def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog) -> Feed:
     """Open the prepared data. Collective."""
+    from largeformer.data.augmentation.permutation import training_samples
     from largeformer.data.indexed import check_tokenizer
     from largeformer.data.loader import Batches, Reading, SourceBatches, fixed_batches
     from largeformer.data.packing import Packing
-    from largeformer.data.permutation import training_samples
     from largeformer.data.ramp import BatchSizes
     from largeformer.data.splits import SourceDraws
     from largeformer.evaluation.perplexity import evaluate

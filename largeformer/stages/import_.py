@@ -114,7 +114,7 @@ def _recipe(
 
 def _copy_tokenizer(source: Path, vocab_size: int, folder: Path) -> dict[str, Any]:
     """The recipe's section `tokenizer`, for the folder's tokenizer, which is tried and copied, or for none."""
-    from largeformer.data.tokenizer import load_tokenizer
+    from largeformer.data.tokenization.tokenizer import load_tokenizer
 
     name = next((name for name in _TOKENIZERS if (source / name).is_file()), None)
     section: dict[str, Any] = {"vocab_size": vocab_size}

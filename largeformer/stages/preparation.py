@@ -19,17 +19,17 @@ from pydantic import ValidationError
 
 from largeformer.artifact import MANIFEST, Artifact, identity_hash, library_versions, write_atomically
 from largeformer.config.schema import Recipe
-from largeformer.data.cleaning import Cleaner
-from largeformer.data.corpus import Source, UnusableError, files_digest, open_sources, sample_documents
-from largeformer.data.deduplication import MinHasher
-from largeformer.data.encoding import Encoder, Task
-from largeformer.data.merging import FINGERPRINTS, QUARANTINE
-from largeformer.data.parts import finished, part_path
-from largeformer.data.tokenizer import Tokenizer, load_tokenizer, missing_symbols, tokenizer_file
-from largeformer.data.tokenizer_training import sample_bytes, train_tokenizer
-from largeformer.data.units import Cursor, read_units, unit_bytes
-from largeformer.data.workers import available_cores, run_tasks
-from largeformer.data.workspace import FILES, STATISTICS, Workspace
+from largeformer.data.cleaning.cleaner import Cleaner
+from largeformer.data.cleaning.deduplication import MinHasher
+from largeformer.data.preparation.encoding import Encoder, Task
+from largeformer.data.preparation.merging import FINGERPRINTS, QUARANTINE
+from largeformer.data.preparation.parts import finished, part_path
+from largeformer.data.preparation.workers import available_cores, run_tasks
+from largeformer.data.preparation.workspace import FILES, STATISTICS, Workspace
+from largeformer.data.reading.corpus import Source, UnusableError, files_digest, open_sources, sample_documents
+from largeformer.data.reading.units import Cursor, read_units, unit_bytes
+from largeformer.data.tokenization.tokenizer import Tokenizer, load_tokenizer, missing_symbols, tokenizer_file
+from largeformer.data.tokenization.training import sample_bytes, train_tokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages.claim import CONFIG
 from largeformer.stages.prepared import REPORT, Results, table

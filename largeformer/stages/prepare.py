@@ -8,7 +8,7 @@ files.jsonl              the files read, each with size and time of last change
 deduplication/           digests and signatures of the documents, where duplicates are looked for
 config.yaml              the recipe, resolved
 manifest.json            last of all: prepare is finished
-work/                    only while it is not: see `data/workspace.py`
+work/                    only while it is not: see `data/preparation/workspace.py`
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from largeformer.artifact import Artifact, identity_hash, read_status
 from largeformer.config.schema import Recipe
-from largeformer.data.corpus import pair_name
-from largeformer.data.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
-from largeformer.data.workspace import Workspace
+from largeformer.data.preparation.workspace import Workspace
+from largeformer.data.reading.corpus import pair_name
+from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.claim import claim

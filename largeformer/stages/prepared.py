@@ -17,16 +17,16 @@ from rich.table import Table
 from largeformer.artifact import MANIFEST, write_atomically
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
-from largeformer.data.corpus import Source
-from largeformer.data.deduplication import MinHasher
+from largeformer.data.cleaning.deduplication import MinHasher
 from largeformer.data.indexed import SPLITS, open_indexed, split_documents, split_tokens
 from largeformer.data.indexed_writer import idx_path
-from largeformer.data.merging import QUARANTINE, Base, Merged, Merger
-from largeformer.data.pairs import link_pair
-from largeformer.data.report import report_page
-from largeformer.data.statistics import SourceStatistics, Statistics
-from largeformer.data.tokenizer import Tokenizer
-from largeformer.data.workspace import FILES, STATISTICS, Workspace
+from largeformer.data.preparation.merging import QUARANTINE, Base, Merged, Merger
+from largeformer.data.preparation.pairs import link_pair
+from largeformer.data.preparation.report import report_page
+from largeformer.data.preparation.statistics import SourceStatistics, Statistics
+from largeformer.data.preparation.workspace import FILES, STATISTICS, Workspace
+from largeformer.data.reading.corpus import Source
+from largeformer.data.tokenization.tokenizer import Tokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages.claim import CONFIG
 

@@ -30,14 +30,14 @@ import sentencepiece
 
 from largeformer.config.cleaning import DeduplicateConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
-from largeformer.data.cleaning import Cleaner
-from largeformer.data.encoding import Encoder, Task
-from largeformer.data.sources import text_files
-from largeformer.data.text import Block, Document, read_block
-from largeformer.data.tokenizer import load_tokenizer
-from largeformer.data.tokenizer_training import train_tokenizer
-from largeformer.data.units import documents, read_units
-from largeformer.data.workers import run_tasks
+from largeformer.data.cleaning.cleaner import Cleaner
+from largeformer.data.preparation.encoding import Encoder, Task
+from largeformer.data.preparation.workers import run_tasks
+from largeformer.data.reading.sources import text_files
+from largeformer.data.reading.text import Block, Document, read_block
+from largeformer.data.reading.units import documents, read_units
+from largeformer.data.tokenization.tokenizer import load_tokenizer
+from largeformer.data.tokenization.training import train_tokenizer
 
 VOCAB_SIZE = 8192
 CLEANING = ["unicode", "whitespace", "placeholders", {"step": "length", "min_characters": 20}, "repetition"]

@@ -20,7 +20,7 @@ from largeformer.config.data import DataConfig
 from largeformer.data.indexed import IndexedWriter, bin_path
 from largeformer.data.loader import Batches, Reading
 from largeformer.data.splits import build_splits
-from largeformer.data.tokenizer import MockTokenizer
+from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.data.windows import Windows
 
 VOCAB, SEQ, TOKENS, ROUNDS, READS = 32000, 512, 8_000_000, 15, 1500

@@ -15,7 +15,7 @@ import torch
 from largeformer.config.data import DataConfig
 from largeformer.data.loader import Batches, Reading, evaluation_windows, fixed_batches
 from largeformer.data.splits import MockSamples, build_splits
-from largeformer.data.tokenizer import MockTokenizer
+from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.parallel.batch import Batch
 
 SEQ, VOCAB, EOD = 8, 500, 2

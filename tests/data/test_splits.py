@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from largeformer.config.data import DataConfig
 from largeformer.data.indexed import IndexedWriter
 from largeformer.data.splits import Samples, build_splits, held_out_streams
-from largeformer.data.tokenizer import MockTokenizer
+from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.data.windows import Windows
 from largeformer.errors import BadInputError
 from tests.distributed import RankContext

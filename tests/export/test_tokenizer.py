@@ -9,12 +9,12 @@ import pytest
 import sentencepiece
 
 from largeformer.config.data import TokenizerConfig
-from largeformer.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
-from largeformer.data.tokenizer_training import train_tokenizer
+from largeformer.data.tokenization.sentencepiece import SentencePieceTokenizer as Tokenizer
+from largeformer.data.tokenization.training import train_tokenizer
 from largeformer.errors import BadInputError
 from largeformer.export.clients import tokenizer_ids
 from largeformer.export.tokenizer import write_tokenizer
-from tests.data.test_tokenizer import ROUND_TRIPS, TEXTS, foreign_model
+from tests.data.tokenization.test_tokenizer import ROUND_TRIPS, TEXTS, foreign_model
 
 transformers = pytest.importorskip("transformers")
 SENTENCES = [

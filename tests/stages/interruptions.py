@@ -103,7 +103,7 @@ def trial(folder: Path, before: Path | None, work: Callable[[], object], kills: 
 
 def main(folder: Path) -> None:
     # Not at the top: the processes of prepare import this file.
-    from largeformer.data import units
+    from largeformer.data.reading import units
     from largeformer.stages import preparation, prepare
 
     units._SMALLEST = 2048  # type: ignore[misc]

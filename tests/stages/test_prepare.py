@@ -12,10 +12,10 @@ import pytest
 
 from largeformer.artifact import Artifact, identity_hash, read_status, write_status
 from largeformer.config.schema import Recipe
-from largeformer.data.encoding import Encoder, Task
 from largeformer.data.indexed import open_indexed
-from largeformer.data.merging import Merger
-from largeformer.data.tokenizer import MockTokenizer
+from largeformer.data.preparation.encoding import Encoder, Task
+from largeformer.data.preparation.merging import Merger
+from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
 from tests.recipes import tiny_recipe

@@ -16,8 +16,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.schema import Recipe
-from largeformer.data.encoding import Encoder
 from largeformer.data.indexed import open_indexed
+from largeformer.data.preparation.encoding import Encoder
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
 from tests.recipes import tiny_recipe

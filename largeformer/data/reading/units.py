@@ -1,0 +1,133 @@
+"""A source cut into units of work: which lines of which files they hold depends on the files alone.
+
+Each file is cut after about `block_bytes` at the end of a line (text: at a blank line where one is near), and blocks are gathered
+until a unit has `block_bytes`. One reader makes all units, also of compressed files, and hands them to the processes that
+encode them: reading is a hundred times faster than encoding. A unit ends at a cursor, from which another reader goes on the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from largeformer.data.reading.sources import SourceFile, text_files
+from largeformer.data.reading.streams import Stream
+from largeformer.data.reading.text import Block, Document, Rejected, last_break, read_block, too_long
+
+_SMALLEST, _LARGEST, _UNITS = 2**20, 2**25, 4096
+_SEARCHED = 2**16
+_STEP = 2**20
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a source: file number, byte of its text, line."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process encodes at a time: blocks of text, and what the reader itself had to reject, in their order.
+
+    input_bytes: what was read of the files for it, compressed where they are. end: where the next one begins.
+    """
+
+    number: int
+    items: tuple[Block | Rejected, ...]
+    input_bytes: int
+    end: Cursor
+
+
+def unit_bytes(total: int) -> int:
+    """Bytes of a unit for a source whose files have `total`: 1 to 32 MiB, so that even a terabyte makes no more than 32,768 parts."""
+    return min(max(total // _UNITS, _SMALLEST), _LARGEST)
+
+
+def read_units(
+    files: Sequence[SourceFile], block_bytes: int, max_bytes: int, start: Cursor | None = None, number: int = 0
+) -> Iterator[Unit]:
+    """The units of `files` from `start` on, numbered from `number`. Holds two blocks, or one row of `max_bytes`."""
+    cursor = start or Cursor()
+    items: list[Block | Rejected] = []
+    held = read = 0
+    for index in range(cursor.file, len(files)):
+        begin = cursor if cursor.file == index else Cursor(index)
+        for item, size, cursor in _read_file(files[index], begin, block_bytes, max_bytes):
+            items += [item] if item is not None else []
+            held += len(item.content) if isinstance(item, Block) else 0
+            read += size
+            if held >= block_bytes or len(items) >= _UNITS:
+                yield Unit(number, tuple(items), read, cursor)
+                number, items, held, read = number + 1, [], 0, 0
+    if items:
+        yield Unit(number, tuple(items), read, Cursor(len(files)))
+
+
+def documents(source: str, text_key: str = "text", max_bytes: int = 2**23) -> Iterator[Document | Rejected]:
+    """Every document of a source of text, and everything that had to be rejected, in a fixed order. Holds one unit at a time."""
+    files = text_files(source)
+    for unit in read_units(files, unit_bytes(total_bytes(files)), max_bytes):
+        for item in unit.items:
+            yield from [item] if isinstance(item, Rejected) else read_block(item, text_key, max_bytes)
+
+
+def total_bytes(files: Sequence[SourceFile]) -> int:
+    return sum(file.fingerprint[0] for file in files)
+
+
+def _read_file(file: SourceFile, begin: Cursor, block_bytes: int, max_bytes: int) -> Iterator[tuple[Block | Rejected | None, int, Cursor]]:
+    """Items of one file, each with the bytes that were read of the file for it and the place behind it."""
+    stream, line = Stream(file, begin.offset), begin.line
+    try:
+        while True:
+            more = stream.fill(block_bytes)
+            if not stream.buffer and stream.broken is None:
+                break
+            if file.is_json_lines:
+                end, reason = _end_of_rows(stream, block_bytes if more else None, max_bytes)
+            else:
+                end, reason = _end_of_text(stream.buffer, block_bytes) if more or stream.broken else len(stream.buffer), None
+            content = stream.take(end)
+            block = Block(file.name, line, content, file.is_json_lines) if content and reason is None else None
+            rejected = Rejected(file.name, line, reason) if reason is not None else None
+            line += content.count(b"\n")
+            yield block or rejected, stream.input_bytes(), Cursor(begin.file, stream.offset, line)
+            if stream.broken is not None:
+                yield Rejected(file.name, line, f"broken {file.compression} stream: {stream.broken}"), 0, Cursor(begin.file + 1)
+                return
+    finally:
+        stream.close()
+
+
+def _end_of_rows(stream: Stream, size: int | None, max_bytes: int) -> tuple[int, str | None]:
+    """Where the last whole row in the first `size` bytes ends (None: in all that is left), or the first row where it is longer; and
+    what is wrong with that row."""
+    if size is None:
+        return stream.buffer.rfind(b"\n") + 1 if stream.broken else len(stream.buffer), None
+    if end := stream.buffer.rfind(b"\n", 0, size) + 1:
+        return end, None
+    while not (end := stream.buffer.find(b"\n", size) + 1):
+        if len(stream.buffer) > max_bytes:
+            return _end_of_row(stream), too_long(max_bytes)
+        size = len(stream.buffer)
+        if not stream.fill(size + _STEP) and b"\n" not in stream.buffer:
+            return 0 if stream.broken else len(stream.buffer), None
+    return end, None
+
+
+def _end_of_row(stream: Stream) -> int:
+    """The end of a row of any length: what lies before the last step of it is thrown away."""
+    while (end := stream.buffer.find(b"\n") + 1) == 0:
+        stream.take(len(stream.buffer))
+        if not stream.fill(_STEP) and b"\n" not in stream.buffer:
+            return len(stream.buffer)
+    return end
+
+
+def _end_of_text(buffer: bytearray, size: int) -> int:
+    """Where a block of at most `size` bytes ends."""
+    limit = min(size, len(buffer))
+    return last_break(buffer, max(0, limit - _SEARCHED), limit) if buffer else 0

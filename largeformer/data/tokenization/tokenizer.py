@@ -1,0 +1,119 @@
+"""What a tokenizer is to the rest of the package, and how the one that a recipe names is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from largeformer.config.data import TokenizerConfig
+from largeformer.errors import BadInputError
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Ids of special tokens are never produced from text, and stand for no text when decoded. Picklable."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document."""
+        ...
+
+    @property
+    def pad(self) -> int:
+        """The id that fills up a row, or -1 where the vocabulary has none. It never stands in text."""
+        ...
+
+    @property
+    def unknown(self) -> int:
+        """The id of what the vocabulary cannot spell, or -1 where it can spell everything."""
+        ...
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """By this Megatron-core tells apart the indices that it caches; `sha256` is that of the tokenizer's file."""
+        ...
+
+    @property
+    def piece_bytes(self) -> np.ndarray:
+        """int32[vocab]: bytes of UTF-8 that each id stands for; 0 for special tokens. Over an encoded text they sum to its length."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`: int32[n]. On one thread: whoever has many texts has many processes."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that `ids` stand for; bytes that form no UTF-8 become U+FFFD. Raises IndexError for an id outside the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True)
+class MockTokenizer:
+    """Stands for a tokenizer where tokens are random: an id is taken for one byte, and decodes to its number."""
+
+    vocab_size: int
+    eod: int = 0
+    pad: int = -1
+    unknown: int = -1
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"class": type(self).__name__, "vocab_size": str(self.vocab_size)}
+
+    @property
+    def piece_bytes(self) -> np.ndarray:
+        return np.ones(self.vocab_size, dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        return [byte % self.vocab_size for byte in text.encode("utf-8")]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+def tokenizer_file(config: TokenizerConfig) -> str:
+    """What the tokenizer's file is called in a prepare folder."""
+    return "tokenizer.json" if config.type == "huggingface" else "tokenizer.model"
+
+
+def load_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer in `path`. Raises BadInputError where it is missing, broken, without the tokens that `config` names, or not of
+    `config.vocab_size` ids."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        kind = "tokenizer.json" if config.type == "huggingface" else "SentencePiece .model"
+        raise BadInputError(f"tokenizer {path} cannot be read ({error.strerror}): give the path of a {kind} file") from error
+    tokenizer = _opened(content, path, config)
+    if tokenizer.vocab_size != config.vocab_size:
+        size = tokenizer.vocab_size
+        raise BadInputError(f"tokenizer {path} has {size} ids, tokenizer.vocab_size says {config.vocab_size}: set it to {size}")
+    return tokenizer
+
+
+def _opened(content: bytes, path: Path, config: TokenizerConfig) -> Tokenizer:
+    if config.type == "huggingface":
+        from largeformer.data.tokenization.huggingface import open_hugging_face
+
+        return open_hugging_face(content, path, config)
+    from largeformer.data.tokenization.sentencepiece import open_sentencepiece
+
+    return open_sentencepiece(content, path, config)
+
+
+def missing_symbols(tokenizer: Tokenizer, symbols: Iterable[str]) -> list[str]:
+    """Those of `symbols` that the tokenizer does not keep as single ids."""
+    return [
+        symbol for symbol in symbols if len(tokenizer.encode(f"a{symbol}b")) != len(tokenizer.encode("a")) + len(tokenizer.encode("b")) + 1
+    ]

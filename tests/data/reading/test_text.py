@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from largeformer.data.reading.sources import source_files
+from largeformer.data.reading.text import DOCUMENT_BYTES, Document, Rejected, split_text
+from largeformer.data.reading.units import documents
+from largeformer.errors import BadInputError
+
+KIB = 1024
+
+
+def texts(content: bytes) -> list[str]:
+    found = list(split_text(content, "file.txt"))
+    assert all(isinstance(item, Document) for item in found)
+    return [item.text for item in found if isinstance(item, Document)]
+
+
+def paragraph(size: int, letter: str) -> bytes:
+    """`size` bytes: lines of at most 64, then a blank one."""
+    lines = (letter * 63 + "\n") * ((size - 1) // 64)
+    return (lines + letter * (size - len(lines) - 2) + "\n\n").encode()
+
+
+SPLITS = [
+    pytest.param(b"one\n\ntwo\n", [8 + 1], id="paragraphs are packed"),
+    pytest.param(b"no end of line", [14], id="last line without an end"),
+    pytest.param(paragraph(20 * KIB, "a") + paragraph(20 * KIB, "b"), [20 * KIB, 20 * KIB], id="cut at the blank line"),
+    pytest.param(paragraph(12 * KIB, "a") + paragraph(20 * KIB, "b") + b"c", [32 * KIB, 1], id="exactly full"),
+    pytest.param(b"x" * 63 + b"\n" + b"y" * (32 * KIB - 1) + b"\n", [64, 32 * KIB], id="a long paragraph is cut after a line"),
+    pytest.param(b"x" * (80 * KIB), [32 * KIB - 1, 32 * KIB - 1, 16 * KIB + 2], id="a long line is cut"),
+    pytest.param("é".encode() * (20 * KIB), [32 * KIB - 2, 8 * KIB + 2], id="never inside a character, 2 bytes"),
+    pytest.param("日".encode() * (20 * KIB), [32 * KIB - 2, 28 * KIB + 2], id="never inside a character, 3 bytes"),
+    pytest.param(b"\r\nfirst\r\n \t\r\nsecond\r\n", [21], id="Windows line ends"),
+]
+
+
+@pytest.mark.parametrize(("content", "sizes"), SPLITS)
+def test_documents_of_a_file_joined_are_the_file(content: bytes, sizes: list[int]) -> None:
+    found = texts(content)
+    assert "".join(found).encode() == content
+    assert [len(text.encode()) for text in found] == sizes
+    assert max(sizes) <= DOCUMENT_BYTES
+
+
+def test_blank_files_have_no_documents() -> None:
+    assert texts(b"") == []
+    assert texts(b"\n \n\t\n") == []
+
+
+def test_a_document_knows_its_line() -> None:
+    content = paragraph(20 * KIB, "a") + paragraph(20 * KIB, "b") + b"\xff\n"
+    found = list(split_text(content, "file.txt"))
+    lines_of_a = paragraph(20 * KIB, "a").count(b"\n")
+    # The bad byte lies in the second document, whose reason names the byte's own line.
+    assert [(type(item), item.line) for item in found] == [(Document, 1), (Rejected, 2 * lines_of_a + 1)]
+    assert isinstance(found[1], Rejected) and "0xff" in found[1].reason
+
+
+ROWS = [
+    pytest.param('{"text": "a\\nb", "id": 1}', "a\nb", id="other fields are ignored"),
+    pytest.param('{"text": "\\ud83d\\ude00 日本"}', "😀 日本", id="escaped pair"),
+    pytest.param("", None, id="blank line is skipped"),
+    pytest.param('{"text": "a"', "not JSON", id="half a row"),
+    pytest.param("[1]", "JSON list", id="not an object"),
+    pytest.param('{"body": "a"}', "no field 'text' among ['body']", id="missing"),
+    pytest.param('{"text": 3}', "JSON int", id="a number"),
+    pytest.param('{"text": null}', "JSON NoneType", id="null"),
+    pytest.param('{"text": " \\n"}', "blank", id="only blanks"),
+    pytest.param('{"text": "\\ud83d"}', "surrogate", id="half a pair"),
+    pytest.param("[" * 100_000, "not JSON", id="nested beyond reason"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize(("row", "expected"), ROWS)
+def test_one_json_row_is_one_document(tmp_path: Path, row: str, expected: str | None, suffix: str) -> None:
+    content = f'{{"text": "before"}}\n{row}\n{{"text": "after"}}'.encode()
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    first, *middle, last = documents(str(path))
+    assert (first, last) == (Document("before", str(path), 1), Document("after", str(path), 3))
+    if expected is None:
+        assert middle == []
+        return
+    (item,) = middle
+    assert item.line == 2
+    if isinstance(item, Document):
+        assert item.text == expected
+    else:
+        assert expected in item.reason
+
+
+def test_bad_utf8_in_a_row_is_rejected_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "ok"}\n{"text": "\xe9"}\n')
+    assert list(documents(str(path))) == [
+        Document("ok", str(path), 1),
+        Rejected(str(path), 2, "not UTF-8: byte 0xe9 (invalid continuation byte)"),
+    ]
+
+
+def test_a_truncated_gzip_file_keeps_what_came_before(tmp_path: Path) -> None:
+    rows = b"".join(json.dumps({"text": f"row {i} {i * i * 7919}"}).encode() + b"\n" for i in range(5000))
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(rows)[:-2000])
+    *kept, last = documents(str(path))
+    assert len(kept) > 100 and all(isinstance(item, Document) for item in kept)
+    assert isinstance(last, Rejected) and "gzip" in last.reason and last.line >= len(kept)
+
+
+def test_folder_and_glob_are_read_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.jsonl", "a.txt", "sub/c.txt", ".hidden.txt", ".git/x.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"text": "z"}' if name.endswith("jsonl") else name)
+    assert [item.file for item in documents(str(tmp_path))] == [
+        str(tmp_path / name) for name in ("a.txt", "a/z.jsonl", "b.txt", "sub/c.txt")
+    ]
+    assert source_files(f"{tmp_path}/*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert source_files(f"{tmp_path}/**/*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "sub/c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("absent.txt", "does not exist", id="no such file"),
+        pytest.param("absent/*.txt", "does not exist", id="glob without a match"),
+        pytest.param("empty.txt", "is empty", id="empty file"),
+        pytest.param("folder", "folder without files", id="empty folder"),
+    ],
+)
+def test_a_source_without_files_is_bad_input(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadInputError, match=message) as caught:
+        source_files(str(tmp_path / source))
+    assert source in str(caught.value)
+
+
+def test_python_docs_is_real_text_in_a_fixed_order() -> None:
+    found = [item for item in documents("python-docs") if isinstance(item, Document)]
+    files = [item.file for item in found]
+    assert sum(len(item.text.encode()) for item in found) > 5_000_000
+    assert files == sorted(files)
+    assert not any("site-packages" in file or "/test/" in file for file in files)
+    topics = "".join(item.text for item in found if item.file.endswith("pydoc_data/topics.py"))
+    assert 'The "if" statement is used for conditional execution' in topics and "topics = {" not in topics
