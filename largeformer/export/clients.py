@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 class TransformersClient:
@@ -18,19 +19,20 @@ class TransformersClient:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        with _without_bars():
+        with _alone():
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         self.model.generation_config.eos_token_id = None  # what is compared goes on past the end of a document
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        with _without_bars():  # integers become floats in the first call
+        with _alone():  # integers become floats in the first call
             return self.model(tokens, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
         ids = torch.tensor([list(prompt)])
-        made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        with _alone():
+            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
         return made[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
@@ -43,10 +45,16 @@ def tokenizer_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Progress bars of the libraries go to stderr, each for a moment."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _alone() -> Iterator[None]:
+    """Within, the libraries see no other rank and no terminal. compressed-tensors would share its work with ranks that wait elsewhere,
+    and hang; progress bars go to stderr, each for a moment."""
+    is_initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        dist.is_initialized = is_initialized
 
 
 class OnnxClient:

@@ -62,7 +62,7 @@ def test_cached_logits_equal_uncached(name: str, one_process: Callable[[Recipe],
     with torch.no_grad():
         steps = [decoder.advance([row[:5] for row in rows])]
         steps += [decoder.advance([row[at : at + 1] for row in rows]) for at in range(5, 9)]
-    torch.testing.assert_close(torch.stack(steps, dim=1), expected[:, 4:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected[:, 4:], rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
