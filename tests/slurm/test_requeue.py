@@ -5,6 +5,7 @@ python -m pytest -m slow tests/slurm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -99,7 +100,8 @@ def test_stopped_twice_it_is_one_run(cluster: Cluster, tmp_path: Path) -> None:
     hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
     cluster.requeued(job, 2)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    with contextlib.suppress(AssertionError):  # the few steps that are left may be done by now
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     cluster.wait(lambda: cluster.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), "the end")
     assert cluster.job(job)["JobState"] == "COMPLETED", said(folder)
 

@@ -250,7 +250,8 @@ def test_a_launcher_swallows_the_code_but_not_the_save(tmp_path: Path, launcher:
         timeout=240,
         check=False,
     )
-    assert ended.returncode == 1, ended.stderr[-2000:]
+    # DeepSpeed's launcher ends with the code of the first rank that failed, if it ends by itself.
+    assert ended.returncode == (75 if launcher == "deepspeed" and not action.startswith("parent:") else 1), ended.stderr[-2000:]
     found = re.fullmatch(r"stopped by (SIG\w+) at step (\d+), saved", status(path)["reason"])
     assert status(path)["status"] == "requeue" and found is not None
     assert found[1] == action.removeprefix("parent:")
