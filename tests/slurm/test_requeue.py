@@ -102,7 +102,7 @@ def test_stopped_twice_it_is_one_run(cluster: Cluster, tmp_path: Path) -> None:
     cluster.requeued(job, 2)
     with contextlib.suppress(AssertionError):  # the few steps that are left may be done by now
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    cluster.wait(lambda: cluster.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), "the end")
+    cluster.wait(lambda: cluster.job(job)["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), "the end")
     assert cluster.job(job)["JobState"] == "COMPLETED", said(folder)
 
     stops = [(event["step"], event["reason"]) for event in rows(folder, "events") if event["event"] == "requeue"]

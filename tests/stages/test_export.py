@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -41,18 +39,6 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_world() -> Iterator[None]:
-    """A command that ran in this process leaves its world, of one rank, and the variables that name it: no process started here
-    may take them for its own."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

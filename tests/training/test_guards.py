@@ -138,7 +138,7 @@ def _busy(layer: torch.nn.Module) -> None:
 
     def work(module: torch.nn.Module, args: Any) -> None:
         began = time.thread_time()
-        while time.thread_time() - began < 0.05:
+        while time.thread_time() - began < 0.15:
             torch.ones(64, 64) @ torch.ones(64, 64)
 
     layer.register_forward_pre_hook(work)
