@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from largeformer.config.augment import augment_problems
 from largeformer.config.batches import data_problems
+from largeformer.config.chain import chain_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.rules import schedule_problems
@@ -33,6 +34,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
         *data_problems(recipe),
         *tokenizer_problems(recipe.tokenizer),
+        *chain_problems(recipe),
     ]
 
 

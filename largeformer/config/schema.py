@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from largeformer.config.chain import StageEntry, TrainedSection
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.export import ExportConfig
@@ -21,14 +22,12 @@ from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
-StageName = Literal["prepare", "pretrain", "evaluate", "export"]
-
 
 class RunConfig(Section):
     name: str = "run"
     output_dir: str = "runs/run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
-    stages: tuple[StageName, ...] = ("prepare", "pretrain", "evaluate")
+    stages: tuple[StageEntry, ...] = tuple(map(StageEntry.of, ("prepare", "pretrain", "evaluate")))
 
 
 class ModelConfig(Section):
@@ -202,7 +201,8 @@ class Recipe(Section):
             raise BadInputError(str(error)) from None
 
     def identity(self, stage: str) -> dict[str, Any]:
-        """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names."""
+        """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names. A stage that
+        works on an earlier one's model adds that one's identity, which says the rest."""
         unused = {"num_workers", "prepare_workers", "quarantine_threshold"}
         order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment"}
         tokenizer_and_data: dict[str, Any] = {
@@ -215,13 +215,16 @@ class Recipe(Section):
         train = self.train.model_dump(
             mode="json", include={"precision", "global_batch_size", "train_iters", "rampup_batch_size", "early_stopping"}
         )
+        training = {"train": train, "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"})}
+        section = getattr(self, stage, None)
+        if section is not None:
+            own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude={"train", "optimizer"})}
+            return {**own, **training} if isinstance(section, TrainedSection) and section.trains else own
         return {
             "stage": stage,
             **tokenizer_and_data,
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
-            "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"}),
-            "train": train,
+            **training,
             # Only a guard that leaves samples out changes what a run comes to.
             **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
-            **({"export": self.export.model_dump(mode="json")} if stage == "export" else {}),
         }

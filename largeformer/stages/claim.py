@@ -24,10 +24,10 @@ def claim(folder: Path, recipe: Recipe, stage: str, fresh: bool) -> None:
     Raises BadInputError where it belongs to a recipe of another identity; with `fresh` that folder is set aside instead.
     """
     wanted = recipe.identity(stage)
-    there = _identity_in(folder, stage) if _holds_results(folder) else None
+    there = _identity_in(folder, stage) if holds_results(folder) else None
     if there is not None and there != wanted:
         if not fresh:
-            raise _belongs_to_another(folder, there, wanted)
+            raise belongs_to_another(folder, there, wanted)
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, recipe_yaml(recipe).encode())
@@ -41,7 +41,7 @@ def set_aside(folder: Path) -> None:
     folder.rename(old)
 
 
-def _holds_results(folder: Path) -> bool:
+def holds_results(folder: Path) -> bool:
     """A folder in which nothing was finished or saved is free: a mistake in a recipe must not stand in the way of its mending."""
     return (folder / MANIFEST).exists() or any(folder.glob("checkpoints/step_*"))
 
@@ -54,7 +54,7 @@ def _identity_in(folder: Path, stage: str) -> dict[str, Any]:
         return {}
 
 
-def _belongs_to_another(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> BadInputError:
+def belongs_to_another(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> BadInputError:
     differences = list(_differences(there, wanted))
     shown = "; ".join(differences[:_SHOWN]) + (f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else "")
     return BadInputError(

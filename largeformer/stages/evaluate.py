@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from largeformer.artifact import Artifact, identity_hash, library_versions
+from largeformer.config.chain import StageEntry, entry_named
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import prepare
 from largeformer.stages.generate import continue_prompt, inference_layout
-from largeformer.stages.weights import Source, find_source, load_model, on_this_world, without_virtual_stages
+from largeformer.stages.inputs import Input, input_of
+from largeformer.stages.weights import Source, load_model, on_this_world, without_virtual_stages
 from largeformer.stages.world import World, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
@@ -23,22 +25,23 @@ STAGE = "evaluate"
 SPLIT: Final = "test"
 
 
-def run(recipe: Recipe, source: Path | None = None, *, again: bool = True) -> Artifact:
-    """Evaluate the checkpoint at `source` (default: the recipe's own run) on the test split of its run's data.
+def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry: StageEntry | None = None) -> Artifact:
+    """Evaluate the checkpoint at `source` (default: of the stage before this one in the recipe's own run) on its run's test split.
 
     The result is kept as an artifact in the recipe's run folder; without `again`, one that is there for this checkpoint is returned.
     """
     recipe = without_virtual_stages(on_this_world(recipe, discover(os.environ).world_size))
     with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(recipe, training=False) as world:
-        found = find_source(recipe, source)
-        there = world.from_main(lambda: Artifact.read(Path(recipe.run.output_dir) / STAGE))
-        if not again and there is not None and there.identity == _identity(recipe, found, _parents(found)):
+        given = input_of(recipe, entry or entry_named(recipe, STAGE), source)
+        there = world.from_main(lambda: Artifact.read(given.folder))
+        if not again and there is not None and there.identity == identity_hash(given.origin()):
             return there
+        recipe, found = given.recipe, given.source
         total = _loss(recipe, world, found)
         sampling = inference_layout(recipe, world.info.world_size)
         prompt = _prompt(recipe, found)
         text = continue_prompt(sampling, world.regroup(sampling), found, prompt, recipe.generate)
-        artifact = _artifact(recipe, found, total, prompt + text)
+        artifact = _artifact(given, total, prompt + text)
         if world.info.is_main:
             _print(found, total, prompt, text)
             artifact.write()
@@ -72,29 +75,19 @@ def _prompt(recipe: Recipe, source: Source) -> str:
     return tokenizer.decode(stream[: min(24, recipe.model.seq_length // 2)].tolist())
 
 
-def _artifact(recipe: Recipe, source: Source, total: LossTotal, sample: str) -> Artifact:
-    parents = _parents(source)
+def _artifact(given: Input, total: LossTotal, sample: str) -> Artifact:
     metrics = {
         "split": SPLIT,
-        "checkpoint": source.checkpoint.name,
+        "checkpoint": given.source.checkpoint.name,
         "loss": total.loss,
         "perplexity": total.perplexity,
         "bits_per_byte": total.bits_per_byte,
         **asdict(total),
         "sample": sample,
     }
-    folder = Path(recipe.run.output_dir) / STAGE
-    identity = _identity(recipe, source, parents)
-    return Artifact(STAGE, folder, identity, parents, metrics, library_versions(("largeformer", "torch", "megatron-core")))
-
-
-def _parents(source: Source) -> dict[str, str]:
-    trained = Artifact.read(source.checkpoint.parent.parent)
-    return {parent.kind: parent.identity for parent in (source.prepared, trained) if parent is not None}
-
-
-def _identity(recipe: Recipe, source: Source, parents: dict[str, str]) -> str:
-    return identity_hash({**recipe.identity(STAGE), "checkpoint": source.checkpoint.name, "parents": parents})
+    origin = given.origin()
+    versions = library_versions(("largeformer", "torch", "megatron-core"))
+    return Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], metrics, versions)
 
 
 def _print(source: Source, total: LossTotal, prompt: str, text: str) -> None:

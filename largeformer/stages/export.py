@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, sync_folder, write_atomically
+from largeformer.config.chain import StageEntry, entry_named
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError, StageFailed
@@ -28,7 +29,8 @@ from largeformer.stages import prepare
 from largeformer.stages.claim import set_aside
 from largeformer.stages.exporting import reference, sample_texts
 from largeformer.stages.generate import inference_layout
-from largeformer.stages.weights import Source, find_source, newest_stage, shaped_like
+from largeformer.stages.inputs import Input, input_of
+from largeformer.stages.weights import Source
 from largeformer.stages.world import enter_world, reporting
 from largeformer.training.signals import StopSignals
 
@@ -58,7 +60,7 @@ class _Plan:
     done: Artifact | None
 
 
-def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False) -> Artifact:
+def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact:
     """Export the checkpoint at `source` (default: the newest stage of the recipe's own run). Every rank computes the source's answers;
     then rank 0 works and the others wait. Raises BadInputError, or StageFailed where an export is too far from its source."""
     world_size = discover(os.environ).world_size
@@ -66,28 +68,24 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False) -> A
         started = time.time() - _CLOCK_SLACK_S
         first = inference_layout(recipe, world_size)
         with enter_world(first, training=False) as world:
-            found = find_source(first, source or newest_stage(first))
-            plan = world.from_main(lambda: _plan(first, found, fresh))
+            given = input_of(first, entry or entry_named(first, STAGE), source)
+            plan = world.from_main(lambda: _plan(given, fresh))
             if plan.done is not None:
                 return plan.done
             expected = reference(plan.recipe, world.regroup(plan.recipe), plan.source, plan.folder / _SCRATCH)
         return _export(plan, expected) if expected is not None else _wait(plan, started)
 
 
-def _plan(recipe: Recipe, found: Source, fresh: bool) -> _Plan:
+def _plan(given: Input, fresh: bool) -> _Plan:
     from largeformer.export.formats import chosen
 
-    recipe = shaped_like(recipe, found.checkpoint)
-    trained = Artifact.read(found.checkpoint.parent.parent)
-    parents = {parent.kind: parent.identity for parent in (found.prepared, trained) if parent is not None}
-    identity = identity_hash({**recipe.identity(STAGE), "checkpoint": found.checkpoint.name, "parents": parents})
-    folder = Path(recipe.run.output_dir) / STAGE
-    done = Artifact.read(folder)
+    recipe, origin = given.recipe, given.origin()
+    identity, done = identity_hash(origin), Artifact.read(given.folder)
     if done is not None and done.identity == identity:
-        return _Plan(recipe, found, folder, parents, identity, (), done)
-    formats = chosen(_job(recipe, found))
-    _claim(folder, recipe, fresh)
-    return _Plan(recipe, found, folder, parents, identity, tuple(formats), None)
+        return _Plan(recipe, given.source, given.folder, origin["parents"], identity, (), done)
+    formats = chosen(_job(recipe, given.source))
+    _claim(given.folder, recipe, fresh)
+    return _Plan(recipe, given.source, given.folder, origin["parents"], identity, tuple(formats), None)
 
 
 def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:

@@ -1,4 +1,8 @@
-"""`run`: the recipe's stages in turn. A stage whose artifact is there and belongs to the recipe is not run again."""
+"""`run`: the recipe's stages in turn. A stage whose artifact is there and belongs to the recipe is not run again.
+
+A setting that has changed re-runs the stages that depend on it. What cost a training from scratch is only set aside with `fresh`; what was
+made from a trained model is set aside without being asked, and made anew.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from largeformer.artifact import Artifact
+from largeformer.config.chain import StageEntry
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import evaluate, export, prepare, pretrain
 
-STAGES: dict[str, Callable[[Recipe, bool], Artifact | None]] = {
-    "prepare": lambda recipe, fresh: prepare.run_or_wait(recipe, fresh=fresh),
-    "pretrain": lambda recipe, fresh: pretrain.run(recipe, fresh=fresh),
-    "evaluate": lambda recipe, fresh: evaluate.run(recipe, again=fresh),
-    "export": lambda recipe, fresh: export.run(recipe, fresh=fresh),
+STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
+    "prepare": lambda recipe, entry, fresh: prepare.run_or_wait(recipe, fresh=fresh),
+    "pretrain": lambda recipe, entry, fresh: pretrain.run(recipe, fresh=fresh),
+    "evaluate": lambda recipe, entry, fresh: evaluate.run(recipe, again=False, entry=entry),
+    "export": lambda recipe, entry, fresh: export.run(recipe, fresh=True, entry=entry),
 }
 
 
@@ -23,10 +28,10 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end."""
     is_main = discover(os.environ).is_main
     artifact: Artifact | None = None
-    for number, stage in enumerate(recipe.run.stages, start=1):
+    for number, entry in enumerate(recipe.run.stages, start=1):
         if is_main:
-            print(f"[{number}/{len(recipe.run.stages)}] {stage} -> {Path(recipe.run.output_dir) / stage}", flush=True)
-        artifact = STAGES[stage](recipe, fresh)
+            print(f"[{number}/{len(recipe.run.stages)}] {entry.name} -> {Path(recipe.run.output_dir) / entry.name}", flush=True)
+        artifact = STAGES[entry.stage](recipe, entry, fresh)
         if artifact is None:
             return None
     return artifact

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from largeformer.artifact import Artifact, identity_hash, library_versions
-from largeformer.config.checkpoint import CheckpointConfig
-from largeformer.config.load import recipe_yaml
+from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.schema import Recipe
 from largeformer.stages import interruptions, prepare
 from largeformer.stages.claim import claim
-from largeformer.stages.feeding import build_feed
-from largeformer.stages.planned import plan_errors, planned_columns
-from largeformer.stages.sampling import build_sampler
-from largeformer.stages.world import World, check_world, enter_world, reporting
-
-if TYPE_CHECKING:
-    from largeformer.checkpoint.verify import Found
-    from largeformer.tracking.tracker import FanOut
-    from largeformer.training.checkpointing import TrainingState
-    from largeformer.training.metrics import Machine
-    from largeformer.training.trainer import Outcome, Training
+from largeformer.stages.training import TrainingJob, train
+from largeformer.stages.world import check_world, enter_world, reporting
 
 STAGE = "pretrain"
-LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
@@ -38,175 +23,10 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
-        artifact = world.from_main(lambda: Artifact.read(folder)) or _train(recipe, world, prepared, folder, cut_short)
+        artifact = world.from_main(lambda: Artifact.read(folder))
+        if artifact is None:
+            job = TrainingJob(STAGE, folder, identity_hash(recipe.identity(STAGE)), prepared)
+            artifact = train(recipe, world, job, cut_short)
         if artifact is None:
             report("requeue")
-    return artifact
-
-
-def _train(recipe: Recipe, world: World, prepared: Artifact, folder: Path, cut_short: str | None) -> Artifact | None:
-    ended = _attempt(recipe, world, prepared, folder, cut_short=cut_short)
-    while ended == "rewind":
-        ended = _attempt(recipe, world, prepared, folder, rewound=True)
-    return ended
-
-
-def _attempt(
-    recipe: Recipe, world: World, prepared: Artifact, folder: Path, *, cut_short: str | None = None, rewound: bool = False
-) -> Artifact | Literal["rewind"] | None:
-    """Train from the newest checkpoint to the end, or to where all is to be built anew from an earlier one. `cut_short`, `rewound`: how the
-    attempt before this one ended, which its record may not hold any more."""
-    from largeformer.training.rewind import read_rewinds
-    from largeformer.training.trainer import fit
-
-    training, tracker = assemble(recipe, world, prepared, folder)
-    with ExitStack() as closing, training.guards.watchdog:
-        closing.callback(lambda: tracker.close("failed"))
-        if cut_short is not None:
-            tracker.event("cut short", training.progress.step, reason=cut_short)
-        if rewound:
-            made = asdict(read_rewinds(folder)[-1])
-            tracker.event("rewound", made.pop("step"), **made)
-        outcome = fit(training)
-        stop = interruptions.stop(training.guards, tracker, training.progress.step) if outcome == "stopped" else None
-        done = outcome in ("finished", "stopped early")
-        artifact = _finish(recipe, world, prepared, folder, training, outcome) if done else None
-        closing.pop_all()
-    if artifact is not None:
-        tracker.artifact(artifact, [prepared])
-    tracker.close("finished" if done else "requeue")
-    if stop is not None:
-        raise stop
-    if outcome == "rewind":
-        interruptions.rewind(world, folder, training.guards, recipe.guards.rewind_steps * recipe.train.global_batch_size)
-    training.engine.close()  # the next stage needs the memory
-    return "rewind" if outcome == "rewind" else artifact
-
-
-def assemble(recipe: Recipe, world: World, prepared: Artifact, folder: Path) -> tuple[Training, FanOut]:
-    """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint."""
-    from largeformer.models.gpt import build_gpt
-    from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights
-    from largeformer.training.early_stopping import EarlyStopping
-    from largeformer.training.engine import build_engine
-    from largeformer.training.guards import build_guards
-    from largeformer.training.rewind import LeavingOut, read_rewinds
-    from largeformer.training.saving import Checkpoints, retention_policy
-    from largeformer.training.schedule import LearningRateSchedule
-    from largeformer.training.trainer import Training
-
-    checkpoints, rewinds = folder / "checkpoints", world.from_main(lambda: read_rewinds(folder))
-    found = resume_from(checkpoints, recipe.checkpoint, world)
-    checkpoint = found.checkpoint if found is not None else None
-    chunks, shards = build_gpt(recipe, world.groups, world.device)
-    if checkpoint is not None:
-        load_weights(checkpoint, shards)
-    engine = build_engine(recipe, chunks, shards, world.groups, world.deepspeed)
-    state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
-    tracker = _tracker(recipe, world, folder, state, found)
-    guards = build_guards(
-        recipe,
-        engine,
-        tracker,
-        folder,
-        may_rewind=recipe.guards.rewinds and not rewinds,
-        stopping=interruptions.announcer(recipe, STAGE),
-        hanging=interruptions.hanging(recipe, STAGE),
-    )
-    feed = build_feed(recipe, world, prepared, chunks, guards.watchdog)
-    training = Training(
-        train=recipe.train,
-        engine=engine,
-        data=LeavingOut(feed.open_at, state.progress.samples, rewinds),
-        schedule=LearningRateSchedule(recipe.optimizer, recipe.train.train_iters, recipe.warmup_iters),
-        early_stopping=EarlyStopping.restored(recipe.train.early_stopping, state.early_stopping),
-        tracker=tracker,
-        guards=guards,
-        machine=_machine(recipe, world),
-        device=world.device,
-        validate=feed.validate,
-        sample=build_sampler(recipe, world, prepared, chunks, guards.watchdog),
-        checkpoints=Checkpoints(checkpoints, engine, tracker, recipe_yaml(recipe), recipe.checkpoint, retention_policy(recipe)),
-        save_interval=recipe.checkpoint.save_interval,
-        wandb_run_id=tracker.wandb_run_id,
-        progress=state.progress,
-        validation=state.validation,
-        parts={"guards": guards, **feed.parts},
-    )
-    state.restore(training.parts)
-    return training, tracker
-
-
-def resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) -> Found | None:
-    """The newest valid checkpoint of this run, else the one that the recipe names. Damaged ones of this run are set aside: they would be
-    in the way of the next."""
-    from largeformer.checkpoint.commit import committed, set_aside, tidy
-    from largeformer.checkpoint.verify import find
-
-    def own() -> bool:
-        tidy(checkpoints)
-        return bool(committed(checkpoints))
-
-    if not world.from_main(own):
-        return find(Path(settings.load), settings.verify == "sha256") if settings.load is not None else None
-    found = find(checkpoints, settings.verify == "sha256")
-    world.from_main(lambda: [set_aside(refused.checkpoint) for refused in found.refused])
-    return found
-
-
-def _tracker(recipe: Recipe, world: World, folder: Path, state: TrainingState, found: Found | None) -> FanOut:
-    from largeformer.tracking.build import build_trackers
-    from largeformer.tracking.provenance import git_state
-
-    tracker = build_trackers(
-        recipe.tracking,
-        folder,
-        recipe.run.name,
-        {
-            "recipe": recipe.model_dump(mode="json"),
-            "layout": asdict(world.groups.layout),
-            "deepspeed": world.deepspeed,
-            "git": git_state(Path.cwd()),
-            "versions": library_versions(LIBRARIES),
-        },
-        resume_step=state.progress.step,
-        total_steps=recipe.train.train_iters,
-        wandb_run_id=state.wandb_run_id,
-        enabled=world.info.is_main,
-    )
-    if found is not None:
-        for refused in found.refused:
-            tracker.event("checkpoint damaged", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)
-        tracker.event("resumed", state.progress.step, checkpoint=found.checkpoint.name)
-    return tracker
-
-
-def _machine(recipe: Recipe, world: World) -> Machine:
-    """What MFU is measured against. Rank 0 measures a CPU, with its share of the cores: ranks would disturb each other."""
-    from largeformer.models.flops import flops_per_token, peak_flops
-    from largeformer.training.metrics import Machine
-
-    per_token = flops_per_token(recipe.model, recipe.tokenizer.vocab_size)
-    peak = world.from_main(lambda: peak_flops(recipe.train.precision, world.device))
-    return Machine(per_token, world.info.world_size, peak, planned_columns(recipe, world, peak))
-
-
-def _finish(recipe: Recipe, world: World, prepared: Artifact, folder: Path, training: Training, outcome: Outcome) -> Artifact:
-    total = training.validate()
-    artifact = Artifact(
-        kind=STAGE,
-        path=folder,
-        identity=identity_hash(recipe.identity(STAGE)),
-        parents={prepared.kind: prepared.identity},
-        metrics={
-            "outcome": outcome,
-            "steps": training.progress.step,
-            "tokens": training.progress.tokens,
-            "val_loss": total.loss,
-            "val_bits_per_byte": total.bits_per_byte,
-            **world.from_main(lambda: plan_errors(folder / "metrics.jsonl")),
-        },
-        versions=library_versions(LIBRARIES),
-    )
-    world.from_main(artifact.write)  # and the others wait: the next stage reads it
     return artifact

@@ -60,13 +60,6 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
     raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
 
 
-def newest_stage(recipe: Recipe) -> Path:
-    """The last stage of the recipe's own run that has left checkpoints, in the order of `run.stages`."""
-    run = Path(recipe.run.output_dir)
-    trained = [run / stage for stage in recipe.run.stages if (run / stage / "checkpoints").is_dir()]
-    return trained[-1] if trained else run
-
-
 def shaped_like(recipe: Recipe, checkpoint: Path) -> Recipe:
     """The recipe with the model, tokenizer and data that the checkpoint was made with, which an earlier stage may have changed.
 

@@ -12,22 +12,25 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from largeformer.checkpoint.commit import SaveError, begin, commit
 from largeformer.checkpoint.manifest import Files
 from largeformer.checkpoint.retention import Policy, drop_old
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.schema import Recipe
+from largeformer.models.shards import Shard
 from largeformer.parallel.agreement import is_main
 from largeformer.tracking.tracker import Tracker
-from largeformer.training.checkpointing import TrainingState, contents_of, write_contents
+from largeformer.training.checkpointing import CONFIG, STATE, Contents, TrainingState, contents_of, first_state, write_contents
 from largeformer.training.engine import Engine
+from largeformer.training.state import WEIGHTS, weight_blocks
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,16 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, config_y
     temporary = begin(folder, state.progress.step)
     written, problem = write_contents(temporary, contents_of(engine, state, config_yaml), engine.state.tensors())
     return commit(temporary, written, problem)
+
+
+def save_weights(folder: Path, shards: Sequence[Shard], config_yaml: str) -> Path:
+    """Commit the weights alone as the checkpoint of step 0 under `folder`: what a stage leaves that changes a model without training it.
+    Collective. Returns its path. Raises SaveError, on every rank alike."""
+    blocks = weight_blocks([shard for shard in shards if shard.main])
+    texts = {STATE: first_state(), CONFIG: config_yaml.encode()} if is_main() else {}
+    contents = Contents(dist.get_rank(), {WEIGHTS: [block.place for block in blocks]}, [], texts)
+    temporary = begin(folder, 0)
+    return commit(temporary, *write_contents(temporary, contents, ((WEIGHTS, block.tensor) for block in blocks)))
 
 
 def retention_policy(recipe: Recipe) -> Policy:

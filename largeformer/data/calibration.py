@@ -1,0 +1,37 @@
+"""Text for calibration: whole windows, spread evenly over what there is. `s` sequence, `b` micro batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from largeformer.data.loader import Reading
+from largeformer.errors import BadInputError
+from largeformer.parallel.batch import Batch
+
+
+def calibration_batches(streams: Sequence[np.ndarray], seq_length: int, samples: int, reading: Reading) -> list[Batch]:
+    """This data rank's part of `samples` windows of s ids, int64[b, s], or of as many as the streams hold without overlap.
+
+    Windows are whole: none is padded, and documents follow each other in them, as in training. The same windows at any layout. Raises
+    BadInputError where there is not one window for each data rank.
+    """
+    starts = [(stream, start) for stream in streams for start in range(0, len(stream) - seq_length, seq_length)]
+    count = min(samples, len(starts))
+    if count < reading.data_size:
+        ids = sum(map(len, streams))
+        raise BadInputError(
+            f"the calibration text has {ids:,} tokens, {len(starts)} windows of {seq_length}, and {reading.data_size} are needed: name "
+            "a longer text as calibration.text"
+        )
+    chosen = [starts[i * len(starts) // count] for i in range(count)][reading.data_rank :: reading.data_size]
+    rows = [torch.from_numpy(np.asarray(stream[start : start + seq_length + 1], dtype=np.int64)) for stream, start in chosen]
+    return [_batch(torch.stack(rows[first : first + reading.micro_batch_size])) for first in range(0, len(rows), reading.micro_batch_size)]
+
+
+def _batch(ids: torch.Tensor) -> Batch:
+    tokens = ids[:, :-1].contiguous()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return Batch(tokens, ids[:, 1:].contiguous(), torch.ones(tokens.shape), positions)

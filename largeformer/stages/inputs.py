@@ -1,0 +1,100 @@
+"""What a stage that works on an earlier one's model starts from, and whose its folder is.
+
+folder/origin.json    what makes the result what it is: the stage's settings, the checkpoint, and the identities of the parents
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largeformer.artifact import Artifact, identity_hash, write_atomically
+from largeformer.config.chain import StageEntry, at_stage
+from largeformer.config.load import recipe_yaml
+from largeformer.config.schema import Recipe
+from largeformer.stages.claim import CONFIG, belongs_to_another, holds_results, set_aside
+from largeformer.stages.weights import Source, find_source, shaped_like
+
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A stage of the chain, ready to begin. recipe: as the stage reads it, with the model, tokenizer and data of the checkpoint.
+    made_by: the artifact that the checkpoint belongs to, None where its stage has not finished. folder: the stage's own."""
+
+    recipe: Recipe
+    entry: StageEntry
+    source: Source
+    made_by: Artifact | None
+    folder: Path
+
+    @property
+    def parents(self) -> dict[str, Artifact]:
+        """By the names that the manifest gives them."""
+        return {artifact.kind: artifact for artifact in (self.source.prepared, self.made_by) if artifact is not None}
+
+    def origin(self, **further: Artifact) -> dict[str, Any]:
+        """What makes the result what it is. `further`: other artifacts that it is made from, such as a teacher."""
+        parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
+        return {**self.recipe.identity(self.entry.stage), "checkpoint": self.source.checkpoint.name, "parents": parents}
+
+
+def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
+    """What `entry` of the recipe's chain works on: the checkpoint at `source` (a run, a stage or a checkpoint), by default that of the
+    stage before it. Collective. Raises BadInputError where there is none."""
+    found = find_source(recipe, source or stage_before(recipe, entry))
+    made_by = Artifact.read(found.checkpoint.parent.parent)
+    folder = Path(recipe.run.output_dir) / entry.name
+    return Input(shaped_like(at_stage(recipe, entry), found.checkpoint), entry, found, made_by, folder)
+
+
+def stage_before(recipe: Recipe, entry: StageEntry) -> Path:
+    """The folder of the nearest stage before `entry` in the recipe's own run that has left checkpoints; of one that does not stand in
+    `run.stages` the last of all."""
+    run, names = Path(recipe.run.output_dir), [other.name for other in recipe.run.stages]
+    earlier = names[: names.index(entry.name)] if entry.name in names else [name for name in names if name != entry.name]
+    models = [run / name for name in ("import", *earlier) if (run / name / "checkpoints").is_dir()]
+    return models[-1] if models else run
+
+
+def claim_derived(given: Input, origin: Mapping[str, Any], *, fresh: bool) -> Artifact | None:
+    """Make the stage's folder this origin's; the artifact where it has finished already and its checkpoint is whole. On rank 0 only.
+
+    Raises BadInputError where the folder holds results of another origin; with `fresh` these are set aside instead.
+    """
+    folder, done = given.folder, Artifact.read(given.folder)
+    if done is not None and done.identity == identity_hash(origin) and not _damaged(folder):
+        return done
+    held = _origin_in(folder) if holds_results(folder) else None
+    if held is not None and (held != dict(origin) or done is not None):
+        if held != dict(origin) and not fresh:
+            raise belongs_to_another(folder, held, origin)
+        set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ORIGIN, (json.dumps(origin, indent=2) + "\n").encode())
+    write_atomically(folder / CONFIG, recipe_yaml(given.recipe).encode())
+    return None
+
+
+def _damaged(folder: Path) -> bool:
+    """Whether a finished stage's checkpoint is not what was written, as far as sizes tell; its hashes are looked at where it is read."""
+    from largeformer.checkpoint.commit import newest
+    from largeformer.checkpoint.verify import quick_problems
+
+    if not (folder / "checkpoints").is_dir():
+        return False
+    checkpoint = newest(folder / "checkpoints")
+    return checkpoint is None or bool(quick_problems(checkpoint))
+
+
+def _origin_in(folder: Path) -> dict[str, Any]:
+    """Empty where it cannot be told."""
+    try:
+        held = json.loads((folder / ORIGIN).read_text())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
