@@ -54,6 +54,10 @@ class Artifact:
         write_atomically(self.path / MANIFEST, _json(manifest))
         return self
 
+    def withdraw(self) -> None:
+        """The stage counts as unfinished again."""
+        (self.path / MANIFEST).unlink()
+
     @classmethod
     def read(cls, folder: Path) -> Artifact | None:
         """The artifact in `folder`, or None where no stage has finished. Raises BadInputError where the manifest is broken."""

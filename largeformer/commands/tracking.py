@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from largeformer.commands.arguments import DONE, exit_code
+from largeformer.commands.arguments import DONE, AsJson, exit_code
 
 
 def report(
@@ -19,6 +19,16 @@ def report(
 
     stage.run(runs, output)
     return DONE
+
+
+def lineage(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output folder.")],
+    as_json: AsJson = False,
+) -> int:
+    """The tree of a run's artifacts: what was made from what."""
+    from largeformer.stages import lineage as stage
+
+    return exit_code(stage.run(run, as_json=as_json))
 
 
 def sync(

@@ -17,6 +17,7 @@ from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.export import ExportConfig
 from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
+from largeformer.config.quality import QualityConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
@@ -172,6 +173,7 @@ class Recipe(Section):
     guards: GuardsConfig = GuardsConfig()
     plan: PlanConfig = PlanConfig()
     export: ExportConfig = ExportConfig()
+    quality: QualityConfig = QualityConfig()
 
     @property
     def padded_vocab_size(self) -> int:

@@ -27,7 +27,7 @@ from largeformer.errors import BadInputError, StageFailed
 from largeformer.parallel.environment import discover
 from largeformer.stages import prepare
 from largeformer.stages.claim import set_aside
-from largeformer.stages.exporting import reference, sample_texts
+from largeformer.stages.exporting import onnx_latency, reference, sample_texts
 from largeformer.stages.generate import inference_layout
 from largeformer.stages.inputs import Input, input_of
 from largeformer.stages.weights import Source
@@ -146,6 +146,8 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
     sync_folder(plan.folder)
     shutil.rmtree(plan.folder / _SCRATCH)
     metrics = {"checkpoint": plan.source.checkpoint.name, "parameters": parameters, "formats": made}
+    if "onnx" in plan.formats:
+        metrics["latency"] = onnx_latency(plan.folder / "onnx", plan.recipe.quality, plan.recipe.model.seq_length)
     return Artifact(STAGE, plan.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
 
 

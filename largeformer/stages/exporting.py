@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from largeformer.config.quality import QualityConfig
 from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.stages import prepare
+from largeformer.stages.quality import Step, timed
 from largeformer.stages.weights import Source, load_model
 
 if TYPE_CHECKING:
@@ -76,3 +78,33 @@ def sample_texts(recipe: Recipe, source: Source) -> list[str]:
     tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
     windows = [tokenizer.decode(batch.labels[0][batch.loss_mask[0] > 0].tolist()) for batch in _windows(recipe, source)]
     return [line for window in windows for line in window.splitlines(keepends=True)]
+
+
+def onnx_latency(folder: Path, settings: QualityConfig, seq_length: int) -> dict[str, list[dict[str, Any]]]:
+    """How fast onnxruntime runs the files of an ONNX export, which take turns: by `onnx/<file>` a row for each shape and number of threads."""
+    from largeformer.export.clients import OnnxClient
+
+    def step(client: OnnxClient) -> Step:
+        def prepared(rows: int, tokens: int, past: int) -> Callable[[], object]:
+            ids = np.ones((rows, tokens), dtype=np.int64)
+            cache = client.advance(np.ones((rows, past), dtype=np.int64))[1] if past else None
+            return lambda: client.advance(ids, cache)
+
+        return prepared
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for threads in settings.threads:
+        steps = {file.stem: step(OnnxClient(file, threads)) for file in sorted(folder.glob("*.onnx"))}
+        only = settings.model_copy(update={"threads": (threads,)})
+        for row in timed(steps, only, seq_length, lambda _: None):
+            for name in steps:
+                milliseconds = row[f"{name}_ms"]
+                found.setdefault(f"onnx/{name}", []).append(
+                    {
+                        "shape": row["shape"],
+                        "threads": threads,
+                        "model_ms": milliseconds,
+                        "tokens_per_s": 1000 * row["tokens"] / milliseconds,
+                    }
+                )
+    return found

@@ -14,7 +14,8 @@ from largeformer.artifact import Artifact
 from largeformer.config.chain import StageEntry
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages import evaluate, export, prepare, pretrain
+from largeformer.stages import evaluate, export, prepare, pretrain, quality
+from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
     "prepare": lambda recipe, entry, fresh: prepare.run_or_wait(recipe, fresh=fresh),
@@ -34,4 +35,8 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
         artifact = STAGES[entry.stage](recipe, entry, fresh)
         if artifact is None:
             return None
+        if quality.is_judged(recipe) and entry.stage in (*quality.TRAINED, *quality.DERIVED):
+            quality.assess(recipe, entry)
+    if is_main and quality.is_judged(recipe):
+        write_report(recipe)
     return artifact

@@ -1,0 +1,31 @@
+"""The recipe's section `quality`: how the models of a chain are compared, and what each stage may cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
+
+
+class LimitsConfig(Section):
+    """What a stage's model may differ from the chain's first model by, over held-out text; a stage beyond one fails.
+
+    `max_perplexity_increase`: relative, 0.01 is one per cent. `max_kl`: nats a token.
+    """
+
+    max_perplexity_increase: NonNegative | None = None
+    max_kl: Positive | None = None
+    min_top1_agreement: Probability | None = None
+
+
+class QualityConfig(Section):
+    """`tokens`: of the test split, from its beginning. `shapes`: rows and tokens of one call; a single token goes on from half a sequence
+    in the cache. `limits`: by the name of the stage."""
+
+    tokens: PositiveInt = 16384
+    shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 1), (1, 128), (4, 128))
+    threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    rounds: PositiveInt = 10
+    limits: dict[str, LimitsConfig] = Field(default_factory=dict)

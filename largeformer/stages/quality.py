@@ -1,0 +1,205 @@
+"""What each model of a chain is worth beside the first one: measured after its stage, kept in its manifest, held to `quality.limits`.
+
+RUN/<stage>/manifest.json   metrics.quality: size, loss and agreement over held-out text, latency by shape and threads
+RUN/quality.json, .svg      all of them, and the exports, once the chain has ended
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Artifact, identity_hash
+from largeformer.config.chain import StageEntry
+from largeformer.config.quality import LimitsConfig, QualityConfig
+from largeformer.config.schema import Recipe
+from largeformer.errors import StageFailed
+from largeformer.stages import prepare
+from largeformer.stages.generate import inference_layout
+from largeformer.stages.weights import Source, find_source, load_model, shaped_like
+from largeformer.stages.world import World, enter_world, reporting
+
+if TYPE_CHECKING:
+    import torch
+
+    from largeformer.export.twin import CachedGPT
+    from largeformer.parallel.batch import Batch
+
+TRAINED, DERIVED = ("import", "pretrain"), ("distill", "prune", "quantize")
+LARGEST_TIMED = 500_000_000
+"""Parameters beyond which a model is not timed on the CPU of rank 0, which holds it whole for that."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    recipe: Recipe
+    source: Source
+    artifact: Artifact
+
+    @property
+    def parameters(self) -> int:
+        from largeformer.models.flops import parameter_count
+
+        return parameter_count(self.recipe.model, self.recipe.tokenizer.vocab_size)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights in the checkpoint's files."""
+        return sum(path.stat().st_size for path in (self.source.checkpoint / "weights").iterdir())
+
+
+def is_judged(recipe: Recipe) -> bool:
+    """Whether the recipe's chain makes one model of another: then all of them are compared."""
+    return any(entry.stage in DERIVED for entry in recipe.run.stages)
+
+
+def assess(recipe: Recipe, entry: StageEntry) -> None:
+    """Measure the model that `entry` has left beside the chain's first one, and add it to the manifest, unless it stands there. Raises
+    StageFailed where it is beyond `quality.limits`; the stage counts as unfinished then."""
+    import os
+
+    from largeformer.parallel.environment import discover
+
+    first = inference_layout(recipe, discover(os.environ).world_size)
+    with reporting(recipe, entry.stage), enter_world(first, training=False) as world:
+        model, reference = _find(first, entry.name), _find(first, first_model(recipe))
+        key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.artifact.identity})
+        held = model.artifact.metrics.get("quality", {})
+        found = held if held.get("key") == key else {"key": key, **_measure(model, reference, world, recipe.quality)}
+        wrong = failures(found, recipe.quality.limits.get(entry.name, LimitsConfig()))
+        found["passed"] = not wrong
+
+        def record() -> None:
+            replace(model.artifact, metrics={**model.artifact.metrics, "quality": found}).write()
+            if wrong:
+                model.artifact.withdraw()
+
+        world.from_main(record)
+        if wrong:
+            raise StageFailed([f"{entry.name}: {problem}" for problem in wrong])
+
+
+def first_model(recipe: Recipe) -> str:
+    """The name of the stage whose model the others are compared with."""
+    return next((entry.name for entry in recipe.run.stages if entry.stage in TRAINED), "import")
+
+
+def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
+    """Where a model is beyond its limits; a figure that is NaN is beyond any."""
+    told = []
+    for name, limit in limits.model_dump(exclude_none=True).items():
+        value = found[name.partition("_")[2]]
+        if not (value >= limit if name.startswith("min_") else value <= limit):
+            told.append(f"{name.partition('_')[2]} is {value:.4g}, quality.limits allow {limit:g} ({name})")
+    return told
+
+
+def _find(recipe: Recipe, name: str) -> _Model:
+    source = find_source(recipe, Path(recipe.run.output_dir) / name)
+    artifact = Artifact.read(source.checkpoint.parent.parent)
+    assert artifact is not None, "its stage has just finished, or an earlier one had"
+    return _Model(name, shaped_like(recipe, source.checkpoint), source, artifact)
+
+
+def _measure(model: _Model, reference: _Model, world: World, settings: QualityConfig) -> dict[str, Any]:
+    """Collective; latency is rank 0's."""
+    from largeformer.evaluation.quality import compare
+
+    tokenizer = prepare.open_tokenizer(reference.recipe, reference.source.prepared.path)
+    chunks = {one.name: _chunk(one, world) for one in (model, reference)}
+    found = compare(
+        chunks[model.name], chunks[reference.name], _windows(reference, world, settings.tokens), world.groups, tokenizer.piece_bytes
+    )
+    sizes = {"parameters": model.parameters, "weight_bytes": model.bytes, "reference": reference.name}
+    return {**sizes, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings))}
+
+
+def _chunk(model: _Model, world: World) -> torch.nn.Module:
+    exact = model.recipe.model_copy(update={"train": model.recipe.train.model_copy(update={"precision": "fp32"})})
+    (chunk,) = load_model(exact, world, model.source.checkpoint)
+    return chunk
+
+
+def _windows(model: _Model, world: World, tokens: int) -> Iterator[Batch]:
+    from largeformer.data.loader import Reading, evaluation_windows
+    from largeformer.data.splits import held_out_streams
+
+    recipe, folder = model.recipe, model.source.prepared.path
+    tokenizer = prepare.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
+    at, layout = world.groups.coordinates, world.groups.layout
+    reading = Reading(recipe.train.micro_batch_size, at.data, layout.data)
+    step = recipe.model.seq_length * reading.micro_batch_size * layout.data
+    return islice(evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod), -(-tokens // step))
+
+
+def _latency(model: _Model, reference: _Model, settings: QualityConfig) -> list[dict[str, Any]]:
+    """Both as plain PyTorch in float32 on this process's CPU, taking turns; empty for models too large for that."""
+    import torch
+
+    if max(model.parameters, reference.parameters) > LARGEST_TIMED:
+        return []
+    twins = {name: _twin(one) for name, one in {"model": model, "reference": reference}.items()}
+    steps = {name: _torch_step(twin, one.recipe) for (name, twin), one in zip(twins.items(), (model, reference), strict=True)}
+    before = torch.get_num_threads()
+    try:
+        rows = list(timed(steps, settings, reference.recipe.model.seq_length, torch.set_num_threads))
+        return [{**row, "tokens_per_s": 1000 * row["tokens"] / row["model_ms"]} for row in rows]
+    finally:
+        torch.set_num_threads(before)
+
+
+Step = Callable[[int, int, int], Callable[[], object]]
+"""rows, tokens of a call, tokens in the cache -> what makes the call."""
+
+
+def timed(
+    steps: Mapping[str, Step], settings: QualityConfig, seq_length: int, use_threads: Callable[[int], object]
+) -> Iterator[dict[str, Any]]:
+    """One row for each shape and number of threads: the milliseconds of each contestant, and how many tokens they are for."""
+    from largeformer.evaluation.quality import fastest
+
+    for threads in settings.threads:
+        use_threads(threads)
+        for rows, tokens in settings.shapes:
+            tokens = min(tokens, seq_length)
+            past = seq_length // 2 if tokens == 1 else 0
+            seconds = fastest({name: step(rows, tokens, past) for name, step in steps.items()}, settings.rounds)
+            yield {
+                "shape": f"{rows}x{tokens}" + (f" after {past}" if past else ""),
+                "threads": threads,
+                "tokens": rows * tokens,
+                **{f"{name}_ms": 1000 * value for name, value in seconds.items()},
+            }
+
+
+def _twin(model: _Model) -> CachedGPT:
+    from largeformer.export.onnx import plain_twin
+    from largeformer.export.streaming import StoredTensors
+    from largeformer.export.twin import CachedGPT
+
+    shape, vocab_size = model.recipe.model, model.recipe.tokenizer.vocab_size
+    return CachedGPT(plain_twin(StoredTensors.of_checkpoint(model.source.checkpoint), shape, vocab_size), shape).eval()
+
+
+def _torch_step(twin: CachedGPT, recipe: Recipe) -> Step:
+    import torch
+
+    model = recipe.model
+
+    def prepared(rows: int, tokens: int, past: int) -> Callable[[], object]:
+        cache = [(torch.zeros(rows, model.query_groups, past, model.head_dim),) * 2 for _ in range(model.num_layers)]
+        ids, mask = torch.ones(rows, tokens, dtype=torch.int64), torch.ones(rows, past + tokens, dtype=torch.int64)
+        positions = torch.arange(past, past + tokens).expand(rows, -1)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return twin(ids, mask, positions, cache) if past else twin.plain(ids)
+
+        return call
+
+    return prepared
