@@ -81,7 +81,7 @@ def sample_texts(recipe: Recipe, source: Source) -> list[str]:
 
 
 def onnx_latency(folder: Path, settings: QualityConfig, seq_length: int) -> dict[str, list[dict[str, Any]]]:
-    """How fast onnxruntime runs the files of an ONNX export, which take turns: by `onnx/<file>` a row for each shape and number of threads."""
+    """How fast onnxruntime runs the files of an ONNX export, which take turns: by `onnx/<file>` a row for each shape and threads."""
     from largeformer.export.clients import OnnxClient
 
     def step(client: OnnxClient) -> Step:
