@@ -90,6 +90,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(timeout + 2 * _tick(timeout) + self._grace, exit=True, file=stacks)
 
     def _end(self, silent: float, stacks: TextIO) -> None:
+        faulthandler.dump_traceback_later(2 * self._grace, exit=True, file=stacks)  # should telling it take for ever
         sentence = f"no progress for {silent:.0f} s since {self._what} began; the stacks of this rank are in {self._path}"
         print(sentence, file=stacks, flush=True)
         faulthandler.dump_traceback(file=stacks, all_threads=True)
