@@ -30,7 +30,7 @@ class Tolerance:
     tensors: float
 
 
-# The tests hold small models to 1e-6 and 5e-6. A recipe of full size sums thousands of times as many terms, in another order at each layout.
+# The tests hold small models to 1e-6 and 5e-6. A recipe of full size sums thousands of times as many terms, in another order.
 TOLERANCES = {"fp32": Tolerance(1e-5, 5e-5), "bf16": Tolerance(2e-2, 1e-1), "fp16": Tolerance(2e-2, 1e-1)}
 
 
