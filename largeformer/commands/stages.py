@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from largeformer.commands.arguments import Config, DryRun, Fresh, From, MaybeConfig, Overrides, WorldSize, exit_code, load, load_for
+from largeformer.commands.arguments import DONE, Config, DryRun, Fresh, From, MaybeConfig, Overrides, WorldSize, exit_code, load, load_for
 
 
 def prepare(
@@ -39,11 +39,19 @@ def evaluate(
     config: MaybeConfig = None,
     overrides: Overrides = None,
     source: From = None,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", metavar="FOLDER", help="Write each training sample's loss there instead, for a curriculum.")
+    ] = None,
     dry_run: DryRun = False,
     world_size: WorldSize = None,
 ) -> int:
     """Loss, perplexity and bits per byte of a checkpoint."""
     recipe = load_for(source, config, overrides, dry_run, world_size)
+    if scores is not None:
+        from largeformer.stages import scoring
+
+        scoring.run(recipe, source, scores)
+        return DONE
     from largeformer.stages import evaluate as stage
 
     return exit_code(stage.run(recipe, source))

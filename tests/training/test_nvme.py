@@ -143,7 +143,6 @@ def test_what_is_swapped_is_read_again(aio: None, ranks: Ranks, one_process: Run
         assert_same(run.weights, one_process.weights, 100 * TOLERANCE)
 
 
-@pytest.mark.skip(reason="not yet run since checkpoints are written by each rank's own part: run it by hand")
 def test_resumes_to_the_same_digits(aio: None, ranks: Ranks, folder: Path) -> None:
     whole = ranks(RANKS).run(train, recipe_of(folder / "whole"), timeout=CASE_S)[0]
     first, second = (ranks(RANKS).run(train, recipe_of(folder / "cut"), part, timeout=CASE_S)[0] for part in (WHOLE[:2], WHOLE[2:]))
