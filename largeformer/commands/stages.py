@@ -35,6 +35,21 @@ def pretrain(
     return exit_code(stage.run(recipe, fresh=fresh))
 
 
+def prune(
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    source: From = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
+) -> int:
+    """Channels, heads, layers or single weights out of a trained model."""
+    recipe = load_for(source, config, overrides, dry_run, world_size)
+    from largeformer.stages import prune as stage
+
+    return exit_code(stage.run(recipe, source, fresh=fresh))
+
+
 def evaluate(
     config: MaybeConfig = None,
     overrides: Overrides = None,

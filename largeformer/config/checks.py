@@ -12,6 +12,7 @@ from largeformer.config.batches import data_problems
 from largeformer.config.chain import chain_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
+from largeformer.config.prune import prune_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.config.tokenizer_rules import tokenizer_problems
@@ -35,6 +36,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *data_problems(recipe),
         *tokenizer_problems(recipe.tokenizer),
         *chain_problems(recipe),
+        *prune_problems(recipe.prune, recipe.train.train_iters),
     ]
 
 

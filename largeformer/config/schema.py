@@ -17,6 +17,7 @@ from largeformer.config.data import DataConfig, TokenizerConfig
 from largeformer.config.export import ExportConfig
 from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
+from largeformer.config.prune import PruneConfig
 from largeformer.config.quality import QualityConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
@@ -172,6 +173,7 @@ class Recipe(Section):
     generate: GenerateConfig = GenerateConfig()
     guards: GuardsConfig = GuardsConfig()
     plan: PlanConfig = PlanConfig()
+    prune: PruneConfig = PruneConfig()
     export: ExportConfig = ExportConfig()
     quality: QualityConfig = QualityConfig()
 

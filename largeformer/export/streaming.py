@@ -56,6 +56,9 @@ class StoredTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self._place(name).dtype
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._place(name).shape  # type: ignore[no-any-return]
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU. Raises BadInputError where it is not there, or a part of it is missing."""
         return self._tensors.whole(self._place(name))

@@ -13,9 +13,10 @@ from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import prepare
 from largeformer.stages.generate import continue_prompt, inference_layout
+from largeformer.stages.held_out import held_out_loss
 from largeformer.stages.inputs import Input, input_of
 from largeformer.stages.weights import Source, load_model, on_this_world, without_virtual_stages
-from largeformer.stages.world import World, enter_world, reporting
+from largeformer.stages.world import enter_world, reporting
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
         if not again and there is not None and there.identity == identity_hash(given.origin()):
             return there
         recipe, found = given.recipe, given.source
-        total = _loss(recipe, world, found)
+        total = held_out_loss(recipe, world, found, load_model(recipe, world, found.checkpoint), SPLIT)
         sampling = inference_layout(recipe, world.info.world_size)
         prompt = _prompt(recipe, found)
         text = continue_prompt(sampling, world.regroup(sampling), found, prompt, recipe.generate)
@@ -46,24 +47,6 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
             _print(found, total, prompt, text)
             artifact.write()
     return artifact
-
-
-def _loss(recipe: Recipe, world: World, source: Source) -> LossTotal:
-    from largeformer.data.indexed import check_tokenizer
-    from largeformer.data.loader import Reading, evaluation_windows
-    from largeformer.data.packing import Packing
-    from largeformer.data.splits import held_out_streams
-    from largeformer.evaluation.perplexity import evaluate
-
-    folder = source.prepared.path
-    tokenizer = prepare.open_tokenizer(recipe, folder)
-    check_tokenizer(tokenizer.unique_identifiers, source.prepared.metrics, folder)
-    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
-    packing = Packing.of(recipe.data, tokenizer.eod)
-    reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data, packing)
-    windows = evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod)
-    chunks = load_model(recipe, world, source.checkpoint)
-    return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)
 
 
 def _prompt(recipe: Recipe, source: Source) -> str:

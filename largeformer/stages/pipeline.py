@@ -11,22 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from largeformer.artifact import Artifact
-from largeformer.config.chain import StageEntry
+from largeformer.config.chain import StageEntry, at_stage
+from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages import evaluate, export, prepare, pretrain, quality
+from largeformer.stages import evaluate, export, prepare, pretrain, prune, quality
 from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
     "prepare": lambda recipe, entry, fresh: prepare.run_or_wait(recipe, fresh=fresh),
     "pretrain": lambda recipe, entry, fresh: pretrain.run(recipe, fresh=fresh),
+    "prune": lambda recipe, entry, fresh: prune.run(recipe, fresh=True, entry=entry),
     "evaluate": lambda recipe, entry, fresh: evaluate.run(recipe, again=False, entry=entry),
     "export": lambda recipe, entry, fresh: export.run(recipe, fresh=True, entry=entry),
 }
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
-    """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end."""
+    """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end. Raises
+    BadInputError, before the first, where a stage cannot be as its entry has it."""
+    problems = [problem for entry in recipe.run.stages for problem in recipe_problems(at_stage(recipe, entry))]
+    if problems:
+        raise BadInputError(list(dict.fromkeys(problems)))
     is_main = discover(os.environ).is_main
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):

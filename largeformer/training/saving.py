@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from largeformer.checkpoint.commit import SaveError, begin, commit
+from largeformer.checkpoint.format import Place
 from largeformer.checkpoint.manifest import Files
 from largeformer.checkpoint.retention import Policy, drop_old
 from largeformer.config.checkpoint import CheckpointConfig
@@ -45,11 +46,18 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, config_y
 def save_weights(folder: Path, shards: Sequence[Shard], config_yaml: str) -> Path:
     """Commit the weights alone as the checkpoint of step 0 under `folder`: what a stage leaves that changes a model without training it.
     Collective. Returns its path. Raises SaveError, on every rank alike."""
-    blocks = weight_blocks([shard for shard in shards if shard.main])
+    blocks = {shard.key: block for shard in shards if shard.main for block in weight_blocks([shard])}
+    return save_tensors(folder, [block.place for block in blocks.values()], lambda name: blocks[name].tensor, config_yaml)
+
+
+def save_tensors(folder: Path, places: Sequence[Place], make: Callable[[str], torch.Tensor], config_yaml: str) -> Path:
+    """The same for tensors, or blocks, that this rank and no other makes, each by its name when it is written. Collective. Returns the
+    checkpoint's path. Raises SaveError, on every rank alike."""
+    widest_first = sorted(places, key=lambda place: -place.dtype.itemsize)
     texts = {STATE: first_state(), CONFIG: config_yaml.encode()} if is_main() else {}
-    contents = Contents(dist.get_rank(), {WEIGHTS: [block.place for block in blocks]}, [], texts)
+    contents = Contents(dist.get_rank(), {WEIGHTS: widest_first}, [], texts)
     temporary = begin(folder, 0)
-    return commit(temporary, *write_contents(temporary, contents, ((WEIGHTS, block.tensor) for block in blocks)))
+    return commit(temporary, *write_contents(temporary, contents, ((WEIGHTS, make(place.name)) for place in widest_first)))
 
 
 def retention_policy(recipe: Recipe) -> Policy:

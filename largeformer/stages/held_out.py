@@ -1,0 +1,47 @@
+"""The loss of a model that is in memory on a split of its run's data, every token predicted once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from largeformer.config.schema import Recipe
+from largeformer.stages import prepare
+from largeformer.stages.weights import Source
+from largeformer.stages.world import World
+
+if TYPE_CHECKING:
+    from largeformer.evaluation.perplexity import LossTotal
+    from largeformer.models.gpt import GPT
+
+
+def held_out_loss(recipe: Recipe, world: World, source: Source, chunks: Sequence[GPT], split: Literal["valid", "test"]) -> LossTotal:
+    """Collective; alike on every rank. `recipe` is shaped like the model. Raises BadInputError where another tokenizer cut the data."""
+    from largeformer.data.indexed import check_tokenizer
+    from largeformer.data.loader import Reading, evaluation_windows
+    from largeformer.data.packing import Packing
+    from largeformer.data.splits import held_out_streams
+    from largeformer.evaluation.perplexity import evaluate
+
+    folder = source.prepared.path
+    tokenizer = prepare.open_tokenizer(recipe, folder)
+    check_tokenizer(tokenizer.unique_identifiers, source.prepared.metrics, folder)
+    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, split, recipe.run.seed)
+    packing = Packing.of(recipe.data, tokenizer.eod)
+    reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data, packing)
+    windows = evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod)
+    return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)
+
+
+def held_out_figures(before: LossTotal, after: LossTotal) -> dict[str, Any]:
+    """For the manifest of a stage that changes a model: what it was, and what it is."""
+    return {
+        "split": "valid",
+        "loss_before": before.loss,
+        "loss": after.loss,
+        "perplexity_before": before.perplexity,
+        "perplexity": after.perplexity,
+        "bits_per_byte_before": before.bits_per_byte,
+        "bits_per_byte": after.bits_per_byte,
+        "perplexity_increase": after.perplexity / before.perplexity - 1 if before.perplexity else 0.0,
+    }

@@ -1,0 +1,168 @@
+"""`prune`: channels, heads, layers or single weights out of a trained model.
+
+RUN/prune/checkpoints/   the smaller model, or one of the same shape with zeros
+RUN/prune/importance.json or zeros.json: what each layer's parts were worth, and which stay; or each weight's zeros
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
+from largeformer.config.chain import StageEntry, at_stage, entry_named
+from largeformer.config.load import recipe_yaml
+from largeformer.config.schema import ModelConfig, Recipe
+from largeformer.errors import BadInputError
+from largeformer.parallel.environment import discover
+from largeformer.stages.generate import inference_layout
+from largeformer.stages.held_out import held_out_figures, held_out_loss
+from largeformer.stages.inputs import Input, claim_derived, input_of
+from largeformer.stages.weights import load_model
+from largeformer.stages.world import World, enter_world, reporting
+from largeformer.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from largeformer.evaluation.perplexity import LossTotal
+
+STAGE = "prune"
+_LIBRARIES = ("largeformer", "torch", "megatron-core")
+
+
+def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+    """Prune the checkpoint at `source` (default: of the stage before this one in the recipe's own run), as `prune` says. Returns the
+    artifact; one that is there for this checkpoint and these settings is returned as it is. None where `exit_iteration` ended a gradual
+    schedule before its end. Raises StopRequested where a signal or the clock did."""
+    entry = entry or entry_named(recipe, STAGE)
+    if at_stage(recipe, entry).prune.schedule is not None:
+        raise BadInputError("prune.schedule is not there yet: prune at once")
+    whole = inference_layout(recipe, discover(os.environ).world_size)
+    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
+        given = input_of(whole, entry, source)
+        work = _smaller if given.recipe.prune.structured else _sparser
+        return _once(recipe, given, world, fresh, work)
+
+
+Work = Callable[[Input, Recipe, World], dict[str, Any]]
+
+
+def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -> Artifact:
+    """What `work` gives as metrics, as an artifact; or the one that is there."""
+    from largeformer.models.flops import parameter_count
+
+    written = _as_written(recipe, given)
+    origin = given.origin()
+    there = world.from_main(lambda: claim_derived(replace(given, recipe=written), origin, fresh=fresh))
+    if there is not None:
+        return there
+    vocab = given.recipe.tokenizer.vocab_size
+    parameters, before = parameter_count(written.model, vocab), parameter_count(given.recipe.model, vocab)
+    metrics = {
+        "method": given.recipe.prune.method,
+        "checkpoint": given.source.checkpoint.name,
+        "parameters_before": before,
+        "parameters": parameters,
+        "parameters_kept": parameters / before,
+        **work(given, written, world),
+    }
+    artifact = Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], metrics, library_versions(_LIBRARIES))
+    if world.info.is_main:
+        _print(metrics)
+    world.from_main(artifact.write)
+    return artifact
+
+
+def _as_written(recipe: Recipe, given: Input) -> Recipe:
+    """The recipe that the result says it was made with: the layout that was asked for, and the shape that it has."""
+    from largeformer.compression.shape import pruned_shape
+
+    read = given.recipe
+    model = pruned_shape(read.model, read.tokenizer.vocab_size, read.prune) if read.prune.structured else read.model
+    return read.model_copy(update={"model": model, "parallel": recipe.parallel, "train": at_stage(recipe, given.entry).train})
+
+
+def _smaller(given: Input, written: Recipe, world: World) -> dict[str, Any]:
+    """Width or depth: measure what each part is worth, and cut the weights."""
+    from largeformer.compression.shape import narrowed
+    from largeformer.compression.structured import choose
+    from largeformer.export.streaming import StoredTensors
+
+    recipe, checkpoint = given.recipe, given.source.checkpoint
+    chunks = load_model(recipe, world, checkpoint)
+    loss = held_out_loss(recipe, world, given.source, chunks, "valid")
+    importance, gone = _importance(given, written.model, world, chunks[0])
+    del chunks
+    kept = choose(importance, recipe.model, written.model, gone)
+    stored = StoredTensors.of_checkpoint(checkpoint)
+    made = _write_cut(stored, kept, importance, recipe.model, written, given.folder, world)
+    table = {**importance.table(), "kept": kept.table(), "removed_in_order": gone}
+    world.from_main(lambda: _write_json(given.folder / "importance.json", table))
+    axes = {axis: {"before": old, "after": new} for axis, (old, new) in narrowed(recipe.model, written.model).items()}
+    return {"axes": axes, "table": "importance.json", **held_out_figures(loss, _loss_of(made, given, written, world))}
+
+
+def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> tuple[Any, list[int] | None]:
+    """What the settings ask for; and the layers that go, where ablation has settled it."""
+    from largeformer.compression import importance
+    from largeformer.export.streaming import StoredTensors
+    from largeformer.stages.calibrating import calibration
+
+    recipe = given.recipe
+    if recipe.prune.importance == "weight":
+        stored = StoredTensors.of_checkpoint(given.source.checkpoint)
+        return world.from_main(lambda: importance.from_weights(stored, recipe.model)), None
+    batches = calibration(recipe, world, given.source, recipe.prune.calibration)
+    found = importance.from_activations(chunk, batches, world.groups, recipe.model)
+    if recipe.prune.importance == "activation":
+        return found, None
+    rise, gone = importance.by_ablation(chunk, batches, world.groups, recipe.model.num_layers - after.num_layers)
+    return replace(found, layers=rise), gone
+
+
+def _write_cut(stored: Any, kept: Any, importance: Any, before: ModelConfig, written: Recipe, folder: Path, world: World) -> Path:
+    """Commit the smaller model as the checkpoint of step 0: the ranks take turns at its tensors, each reads and writes one at a time."""
+    from largeformer.checkpoint.format import Place
+    from largeformer.compression.structured import cut, cut_shape, new_names
+    from largeformer.training.saving import save_tensors
+
+    places = []
+    for name in list(new_names(stored, kept))[world.info.rank :: world.info.world_size]:
+        shape, dtype = cut_shape(stored, kept, before, name)
+        places.append(Place(name, shape, dtype, (0,) * len(shape), shape))
+    return save_tensors(folder / "checkpoints", places, lambda name: cut(stored, kept, importance, before, name), recipe_yaml(written))
+
+
+def _loss_of(checkpoint: Path, given: Input, written: Recipe, world: World) -> LossTotal:
+    """Of the smaller model: at this layout, or where its shape does not divide by it, whole on every rank."""
+    from largeformer.config.checks import recipe_problems
+
+    recipe = written.model_copy(update={"parallel": given.recipe.parallel, "train": given.recipe.train})
+    if recipe_problems(recipe):
+        recipe = recipe.model_copy(update={"parallel": type(recipe.parallel)()})
+        world = world.regroup(recipe)
+    return held_out_loss(recipe, world, given.source, load_model(recipe, world, checkpoint), "valid")
+
+
+def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, (json.dumps(content) + "\n").encode())
+
+
+def _print(metrics: dict[str, Any]) -> None:
+    sizes = ", ".join(f"{axis} {size['before']} -> {size['after']}" for axis, size in metrics.get("axes", {}).items())
+    print(
+        f"{metrics['parameters_before']:,} -> {metrics['parameters']:,} parameters ({metrics['parameters_kept']:.1%})"
+        + (f": {sizes}" if sizes else "")
+    )
+    print(
+        f"perplexity on the valid split {metrics['perplexity_before']:.2f} -> {metrics['perplexity']:.2f} "
+        f"({metrics['perplexity_increase']:+.1%})",
+        flush=True,
+    )

@@ -1,0 +1,139 @@
+"""`prune` as a user runs it: a trained run, what comes out and what the manifest says of it, later stages, and everything refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from largeformer import cli
+from tests.recipes import TINY
+from tests.stages.test_end_to_end import start
+
+STEPS = 4
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe over the sources of Python's `email` package, of which a few steps are trained."""
+    source = str(Path(json.__file__).parent.parent / "email" / "*.py")
+    tree: dict[str, Any] = {
+        **TINY,
+        "run": {"name": "tiny", "output_dir": str(folder / "run"), "stages": ["prepare", "pretrain"]},
+        "tokenizer": {"vocab_size": 500},
+        "data": {"sources": [{"path": source}], "split": "90,5,5"},
+        "train": {**TINY["train"], "train_iters": STEPS, "eval_interval": STEPS, "eval_iters": 1},
+        "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
+        "prune": {"calibration": {"samples": 8}},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("prune"))
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path) -> Path:
+    done = start("run", "-c", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recipe.parent / "run"
+
+
+@pytest.fixture
+def prune(trained: Path, recipe: Path, tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """`prune(*overrides)` on a copy of the run, which is `prune.run`."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("cache"))
+
+    def run(*overrides: str) -> int:
+        return cli.main(["prune", "-c", str(recipe), f"run.output_dir={copy}", *overrides])
+
+    run.run = copy  # type: ignore[attr-defined]
+    yield run
+
+
+def metrics(run: Path, stage: str = "prune") -> dict[str, Any]:
+    return json.loads((run / stage / "manifest.json").read_text())["metrics"]  # type: ignore[no-any-return]
+
+
+SMALLER = {
+    "width": (["prune.target_parameters=0.8"], {"hidden_size", "ffn_hidden_size"}),
+    "width by weights": (["prune.ffn_hidden_size=64", "prune.importance=weight"], {"ffn_hidden_size"}),
+    "heads": (["prune.num_attention_heads=2"], {"num_attention_heads"}),
+    "depth": (["prune.method=depth", "prune.num_layers=3"], {"num_layers"}),
+    "depth by ablation": (["prune.method=depth", "prune.num_layers=2", "prune.importance=ablation"], {"num_layers"}),
+}
+
+
+@pytest.mark.parametrize(("overrides", "axes"), SMALLER.values(), ids=SMALLER)
+def test_a_smaller_model_that_later_stages_read(prune: Any, recipe: Path, overrides: list[str], axes: set[str]) -> None:
+    assert prune(*overrides) == 0
+    found = metrics(prune.run)
+    assert set(found["axes"]) == axes
+    assert found["parameters"] < found["parameters_before"] and found["perplexity"] > 0 and found["perplexity_before"] > 0
+    table = json.loads((prune.run / "prune" / "importance.json").read_text())
+    assert len(table["kept"]["layers"]) == found["axes"].get("num_layers", {"after": TINY["model"]["num_layers"]})["after"]
+    (checkpoint,) = (prune.run / "prune" / "checkpoints").glob("step_*")
+    model = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    assert all(model[axis] == size["after"] for axis, size in found["axes"].items())
+    assert model["kv_channels"] == 16
+    assert cli.main(["evaluate", "--from", str(prune.run / "prune")]) == 0
+    assert metrics(prune.run, "evaluate")["checkpoint"] == "step_00000000"
+
+
+def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert prune("prune.ffn_hidden_size=64") == 0
+    before = (prune.run / "prune" / "manifest.json").stat().st_mtime_ns
+    assert prune("prune.ffn_hidden_size=64") == 0
+    assert (prune.run / "prune" / "manifest.json").stat().st_mtime_ns == before
+    assert prune("prune.ffn_hidden_size=48") == 2
+    assert "prune.ffn_hidden_size was 64, is 48" in capfd.readouterr().err
+    assert prune("prune.ffn_hidden_size=48", "--fresh") == 0
+    assert (prune.run / "prune.old-1" / "manifest.json").exists()
+
+
+def test_a_chain_with_two_prunings(prune: Any, recipe: Path) -> None:
+    stages = "[prepare, pretrain, {prune: {ffn_hidden_size: 64}}, {prune: {name: prune-2, method: depth, num_layers: 3}}]"
+    assert cli.main(["run", "-c", str(recipe), f"run.output_dir={prune.run}", f"run.stages={stages}"]) == 0
+    second = metrics(prune.run, "prune-2")
+    assert second["axes"] == {"num_layers": {"before": 4, "after": 3}}
+    assert second["parameters_before"] == metrics(prune.run)["parameters"]
+    assert second["perplexity_before"] == pytest.approx(metrics(prune.run)["perplexity"], rel=1e-6)
+
+
+BAD = {
+    "no head": (["prune.num_attention_heads=1"], "prune.num_attention_heads 1 leaves no equal number of heads"),
+    "no layer": (["prune.method=depth", "prune.num_layers=0"], "prune.num_layers is 0, which should be above 0"),
+    "too small": (["prune.target_parameters=0.001"], "can be had: change it, or prune.axes"),
+    "unknown axis": (["prune.axes=[depth]"], "prune.axes[0] is 'depth', which is none of hidden_size"),
+    "ratio": (["prune.method=magnitude", "prune.sparsity=1.5"], "prune.sparsity is 1.5, which should be below 1"),
+    "other method's": (["prune.sparsity=0.5"], "prune.sparsity is 0.5, which prune.method width does not read"),
+    "no text": (["prune.calibration.text=/nowhere"], "calibration.text /nowhere cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_exits_with_2_and_leaves_all_as_it_was(
+    prune: Any, overrides: list[str], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert prune(*overrides) == 2
+    error = capfd.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not list(prune.run.glob("prune/checkpoints/*")) and (prune.run / "pretrain" / "manifest.json").exists()
+
+
+def test_a_bad_entry_of_a_chain_is_told_before_anything_runs(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stages = "[prepare, pretrain, {prune: {method: depth, ffn_hidden_size: 64}}]"
+    assert cli.main(["run", "-c", str(recipe), f"run.output_dir={tmp_path / 'run'}", f"run.stages={stages}"]) == 2
+    assert "which prune.method depth does not read" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "prepare").exists()
