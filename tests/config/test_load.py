@@ -33,7 +33,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "misspelt stage": (
         ["run.stages=[prepare, pretrian]"],
-        ["run.stages[1] is 'pretrian', which is none of prepare, pretrain, evaluate, export; did you mean pretrain?"],
+        ["run.stages[1] is 'pretrian', which is none of prepare, pretrain, prune, "],
     ),
     "missing in a list": (["data.sources=[{weight: 1.0}]"], ["data.sources[0].path is missing: the recipe must state it"]),
     "empty list": (["data.sources=[]"], ["data.sources is empty: give at least 1"]),
