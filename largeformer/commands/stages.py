@@ -92,6 +92,21 @@ def generate(
     return exit_code(stage.run(recipe, source or Path(recipe.run.output_dir) / "pretrain", prompt, recipe.generate))
 
 
+def quantize(
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    source: From = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
+) -> int:
+    """A model whose linear layers are to be integers, calibrated."""
+    recipe = load_for(source, config, overrides, dry_run, world_size)
+    from largeformer.stages import quantize as stage
+
+    return exit_code(stage.run(recipe, source, fresh=fresh))
+
+
 def run_stages(
     config: Config, overrides: Overrides = None, fresh: Fresh = False, dry_run: DryRun = False, world_size: WorldSize = None
 ) -> int:

@@ -17,7 +17,7 @@ from largeformer.errors import BadInputError
 if TYPE_CHECKING:
     from largeformer.config.schema import Recipe
 
-StageName = Literal["prepare", "pretrain", "prune", "evaluate", "export"]
+StageName = Literal["prepare", "pretrain", "prune", "quantize", "evaluate", "export"]
 _S = TypeVar("_S", bound=Section)
 
 

@@ -13,6 +13,7 @@ from largeformer.config.chain import chain_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.prune import prune_problems
+from largeformer.config.quantize import quantize_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.config.tokenizer_rules import tokenizer_problems
@@ -35,6 +36,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
         *data_problems(recipe),
         *tokenizer_problems(recipe.tokenizer),
+        *quantize_problems(recipe.quantize),
         *chain_problems(recipe),
         *prune_problems(recipe.prune, recipe.train.train_iters),
     ]

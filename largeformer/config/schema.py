@@ -19,6 +19,7 @@ from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
 from largeformer.config.prune import PruneConfig
 from largeformer.config.quality import QualityConfig
+from largeformer.config.quantize import QuantizeConfig
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
@@ -174,6 +175,7 @@ class Recipe(Section):
     guards: GuardsConfig = GuardsConfig()
     plan: PlanConfig = PlanConfig()
     prune: PruneConfig = PruneConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     export: ExportConfig = ExportConfig()
     quality: QualityConfig = QualityConfig()
 

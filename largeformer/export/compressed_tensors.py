@@ -8,42 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from largeformer.compression.schemes import Given, Scheme, library_scheme
 from largeformer.errors import BadInputError
 from largeformer.export.huggingface import finite
 from largeformer.export.streaming import Entry
 
 _SUFFIX = ".weight"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What becomes of the linear layers. `group_size` None: one scale for each output channel.
-
-    `activations`: as integers too, with a scale for each token that the client takes, or one for the tensor that calibration found.
-    """
-
-    bits: Literal[4, 8]
-    group_size: int | None = None
-    symmetric: bool = True
-    activations: Literal["token", "tensor"] | None = None
-
-    @property
-    def format(self) -> str:
-        """Integers one to a byte where activations are integers too, else packed."""
-        return "int-quantized" if self.activations else "pack-quantized"
-
-
-@dataclass(frozen=True)
-class Given:
-    """What calibration found for one linear layer: `scale` and `zero_point` [o, g or 1]; with activations "tensor" `input_scale` [1]."""
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None = None
-    input_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,29 +141,6 @@ class Compressed:
             problems.append(f"static activations need an input scale of every layer, and {missing[0]} has none: calibrate first")
         if problems:
             raise BadInputError(problems)
-
-
-def library_scheme(scheme: Scheme) -> Any:
-    """The library's `QuantizationScheme` for linear layers."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    weights = QuantizationArgs(
-        num_bits=scheme.bits,
-        symmetric=scheme.symmetric,
-        strategy="group" if scheme.group_size else "channel",
-        group_size=scheme.group_size,
-    )
-    activations = {
-        None: None,
-        "token": {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True},
-        "tensor": {"num_bits": 8, "symmetric": True, "strategy": "tensor", "dynamic": False},
-    }[scheme.activations]
-    return QuantizationScheme(
-        targets=["Linear"],
-        weights=weights,
-        input_activations=QuantizationArgs(**activations) if activations else None,
-        format=scheme.format,
-    )
 
 
 def _is_linear(name: str, shape: list[int]) -> bool:

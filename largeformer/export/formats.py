@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from largeformer.compression.schemes import Given, Scheme
 from largeformer.config.data import TokenizerConfig
 from largeformer.config.export import ExportConfig, ExportFormat, ThresholdsConfig
 from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
 from largeformer.export import gate
 from largeformer.export.clients import OnnxClient, TransformersClient
-from largeformer.export.compressed_tensors import Compressed, Given, Quantization, Scheme
+from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.gate import Client
 from largeformer.export.huggingface import Encoder, Plain, SpecialIds, write_configs, write_weights
 from largeformer.export.streaming import StoredTensors

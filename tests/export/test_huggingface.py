@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from largeformer.checkpoint.format import write_blocks
+from largeformer.compression.schemes import Given, Scheme, library_scheme
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.export.clients import TransformersClient
-from largeformer.export.compressed_tensors import Compressed, Given, Quantization, Scheme
+from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.huggingface import Encoder, Plain, SpecialIds, write_configs, write_weights
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.gpt import build_gpt
@@ -83,8 +84,6 @@ def test_integers_are_the_librarys_own(
     """Written a few rows at a time they are what the library makes of whole matrices, and its client sees weights near ours."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
-
-    from largeformer.export.compressed_tensors import library_scheme
 
     monkeypatch.setattr("largeformer.export.huggingface.PART_BYTES", 6000)
     recipe, scheme = tiny_recipe(model=LLAMA), SCHEMES[name]

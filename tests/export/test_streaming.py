@@ -110,7 +110,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from largeformer.config.schema import ModelConfig
-from largeformer.export.compressed_tensors import Compressed, Quantization, Scheme
+from largeformer.compression.schemes import Scheme
+from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.huggingface import Plain, write_weights
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.hf_mapping import rows, shapes
