@@ -74,14 +74,15 @@ def gptq(weights: torch.Tensor, hessian: torch.Tensor, given: Given, scheme: Sch
 
 
 def _inverse_factor(hessian: torch.Tensor, dampening: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse. Where it cannot be had, more is added to the diagonal."""
-    mean = hessian.diagonal().double().mean()
-    for more in (1, 10, 100):
-        damped = hessian.double()
-        damped.diagonal().add_(more * dampening * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float()
-    raise BadInputError("the calibration text leaves GPTQ's equations unsolvable: raise quantize.calibration.samples or gptq.dampening")
+    """The upper Cholesky factor of the dampened Hessian's inverse."""
+    damped = hessian.double()
+    damped.diagonal().add_(dampening * damped.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise BadInputError(
+            f"quantize.gptq.dampening {dampening:g} leaves GPTQ's equations unsolvable on this calibration text: raise it, or "
+            "quantize.calibration.samples"
+        )
+    return upper.float()

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from largeformer.models.shards import Shard
 from largeformer.parallel.groups import ParallelGroups
 
+# In the order in which they compute; the library makes them in another.
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -65,7 +66,7 @@ def linears(model: torch.nn.Module, shards: Sequence[Shard], groups: ParallelGro
     """The linear layers of each of this model's Transformer layers, in the order in which they compute. One chunk, one pipeline stage."""
     found: list[list[Linear]] = []
     for index, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr, arg-type]
-        modules = [(name, module) for name, module in layer.named_modules() if name.endswith(_LINEAR)]
+        modules = [(name, module) for kind in _LINEAR for name, module in layer.named_modules() if name.endswith(kind)]
         found.append([_linear(f"decoder.layers.{index}.{name}", index, module, shards, groups) for name, module in modules])
     return found
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,21 +40,20 @@ def gptq_layers(
     groups: ParallelGroups,
     scheme: Scheme,
     settings: GPTQConfig,
-    scales: Callable[[Linear, torch.Tensor], Given],
-    skipped: Callable[[Linear], bool],
-) -> Scales:
-    """Put every linear layer on its grid, layer by layer, each with the inputs that the rounded layers before it give. Collective.
-
-    scales: of a whole matrix. skipped: layers that stay floats.
+    scales: Callable[[torch.Tensor], Given],
+    chosen: Collection[str],
+) -> dict[str, Given]:
+    """Put the linear layers that are named in `chosen` on their grid, layer by layer, each with the inputs that the rounded layers before
+    it give. Returns: by our names the scales, which `scales` finds for a whole matrix. Collective.
     """
-    made: Scales = {}
+    made: dict[str, Given] = {}
 
     def change(_: int, statistics: Mapping[Linear, Hessian]) -> None:
         for linear, hessian in statistics.items():
-            if not skipped(linear):
+            if linear.name in chosen:
                 weights = linear.whole()
-                made[linear] = scales(linear, weights)
-                linear.put(gptq(weights, hessian.matrix, made[linear], scheme, settings).to(weights.dtype))
+                made[linear.name] = scales(weights)
+                linear.put(gptq(weights, hessian.matrix, made[linear.name], scheme, settings))
 
     walk(model, shards, batches, groups, Hessian, change)
     return made

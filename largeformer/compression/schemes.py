@@ -79,8 +79,8 @@ def library_scheme(scheme: Scheme) -> Any:
 
 
 def scale_of(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Given:
-    """Scales and zero points for weights between `low` and `high`, [o, g]: float32, but numbers that `dtype` holds, in which they are stored
-    beside the weights. A weight of 0 stays 0."""
+    """Scales and zero points for weights between `low` and `high`, [o, g]: float32, but numbers that `dtype` holds, in which they
+    are stored beside the weights. A weight of 0 stays 0."""
     from compressed_tensors.quantization.utils import calculate_qparams
 
     scale, zero_point = calculate_qparams(low.float(), high.float(), library_scheme(scheme).weights)

@@ -1,7 +1,7 @@
 """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): activations that integers hold more easily, and a model that computes the same.
 
-Input channel j of a linear layer is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), and column j of its matrix multiplied by it. The
-division is folded into what makes the input: the norm before; or, for what follows the values or a gated feed-forward's `up`, their rows.
+Input channel j of a linear layer is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), and column j of its matrix multiplied by it.
+The division is folded into what makes the input: the norm before; or, for what follows the values or a gated `up`, their rows.
 `o` output, `i` input channels, `h` hidden, `d` head size.
 """
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 
-ExportFormat = Literal["hf", "hf-int8", "hf-w8a16", "hf-int4", "onnx"]
+ExportFormat = Literal["hf", "hf-int8", "hf-int8-static", "hf-w8a16", "hf-int4", "onnx"]
 
 
 class ThresholdsConfig(Section):
@@ -21,7 +21,8 @@ class ThresholdsConfig(Section):
 
 
 class ExportConfig(Section):
-    """`formats` null: `hf`, `hf-int8` and `onnx`, those of them that can hold the model's shape.
+    """`formats` null: `hf`, `hf-int8` and `onnx`, those of them that can hold the model's shape; after a stage `quantize`, in place of
+    `hf-int8` the format of its scheme.
 
     `keep_float`: linear layers that stay floats in Hugging Face's integer formats, by their names there, such as
     `model.layers.0.mlp.down_proj`; `onnx_keep_float` the same of ONNX, where no more float products than these may be left.

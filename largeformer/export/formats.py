@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from largeformer.compression.schemes import Given, Scheme
+from largeformer.compression.description import Description
+from largeformer.compression.schemes import Scheme
 from largeformer.config.data import TokenizerConfig
 from largeformer.config.export import ExportConfig, ExportFormat, ThresholdsConfig
 from largeformer.config.schema import ModelConfig
@@ -30,7 +31,7 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported. `given`: scales that calibration found, by Hugging Face's module names; empty: they follow from the weights.
+    """What is exported. `quantized`: what a stage `quantize` says of the checkpoint; None: scales follow from the weights.
 
     `tokenizer`: its file; None where tokens are mock.
     """
@@ -41,7 +42,7 @@ class Job:
     config: ExportConfig
     ids: SpecialIds
     tokenizer: Path | None = None
-    given: Mapping[str, Given] = field(default_factory=dict)
+    quantized: Description | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -79,11 +80,20 @@ class Format:
 def chosen(job: Job) -> list[ExportFormat]:
     """The recipe's formats, each of them possible. Raises BadInputError with all that stands in the way."""
     if job.config.formats is None:
-        return [name for name in ("hf", "hf-int8", "onnx") if not _problems(name, job, by_default=True)]
+        integers = _format_of(job.quantized.scheme) if job.quantized is not None else "hf-int8"
+        defaults: tuple[ExportFormat, ...] = ("hf", integers, "onnx")
+        return [name for name in defaults if not _problems(name, job, by_default=True)]
     problems = [problem for name in job.config.formats for problem in _problems(name, job)]
     if problems:
         raise BadInputError(list(dict.fromkeys(problems)))
     return list(dict.fromkeys(job.config.formats))
+
+
+def _format_of(scheme: Scheme) -> ExportFormat:
+    if scheme.bits == 4:
+        return "hf-int4"
+    formats: dict[str | None, ExportFormat] = {"token": "hf-int8", "tensor": "hf-int8-static", None: "hf-w8a16"}
+    return formats[scheme.activations]
 
 
 def _problems(name: ExportFormat, job: Job, by_default: bool = False) -> list[str]:
@@ -122,7 +132,7 @@ def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsCo
                 "out of export.formats"
             )
         theirs = shapes(rows(job.model, "llama"), job.model, job.vocab_size)
-        return Compressed(Quantization(scheme(job.config), job.config.keep_float, job.given), job.dtype, theirs)
+        return Compressed(_quantization(scheme(job.config), job), job.dtype, theirs)
 
     def write(job: Job, folder: Path) -> None:
         made = encoder(job)
@@ -135,6 +145,21 @@ def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsCo
     return Format(("transformers", "compressed_tensors"), encoder, write, opened)
 
 
+def _quantization(scheme: Scheme, job: Job) -> Quantization:
+    """As a stage `quantize` has calibrated it, where the weights of this format are those of its scheme; else round to nearest."""
+    found = job.quantized
+    if found is None or found.scheme.bits != scheme.bits or (scheme.activations and not found.scheme.symmetric):
+        return Quantization(scheme, job.config.keep_float)
+    scheme = replace(scheme, group_size=found.scheme.group_size, symmetric=found.scheme.symmetric)
+    return Quantization(scheme, tuple(dict.fromkeys([*found.ignore, *job.config.keep_float])), found.given)
+
+
+def _onnx_keep_float(job: Job) -> tuple[str, ...]:
+    """Those that the recipe names, and those that a stage `quantize` left out of 8-bit products."""
+    left_out = job.quantized.ignore if job.quantized is not None and job.quantized.scheme.activations else ()
+    return tuple(dict.fromkeys([*job.config.onnx_keep_float, *left_out]))
+
+
 def _write_onnx(job: Job, folder: Path) -> None:
     from largeformer.export import onnx
 
@@ -142,7 +167,7 @@ def _write_onnx(job: Job, folder: Path) -> None:
     file = onnx.write_float(plain, job.model, folder)
     del plain
     reduce = job.config.reduce_range
-    onnx.write_int8(file, job.config.onnx_keep_float, reduce if reduce is not None else not onnx.has_vnni())
+    onnx.write_int8(file, _onnx_keep_float(job), reduce if reduce is not None else not onnx.has_vnni())
 
 
 def _open_onnx(job: Job, folder: Path) -> Iterator[Opened]:
@@ -150,11 +175,11 @@ def _open_onnx(job: Job, folder: Path) -> Iterator[Opened]:
 
     yield Opened("model", OnnxClient(folder / onnx.FLOAT), gate.SAME_FLOATS)
     file = folder / onnx.INT8
-    products, planned = onnx.count_products(file), set(job.config.onnx_keep_float)
+    products, planned = onnx.count_products(file), _onnx_keep_float(job)
     scales = onnx.bad_scales(file)
     wrong = [f"{name} holds a scale that is not finite and above 0" for name in scales]
     if products["float"] > len(planned) or not products["integer"]:
-        wrong.append(f"{products['float']} products with weights are left in float, export.onnx_keep_float names {len(planned)}")
+        wrong.append(f"{products['float']} products with weights are left in float, and {len(planned)} layers were to be")
     about = {"integer_products": products["integer"], "float_products": products["float"], "wrong": wrong}
     yield Opened("model_int8", OnnxClient(file), gate.INT8, about)
 
@@ -162,6 +187,7 @@ def _open_onnx(job: Job, folder: Path) -> Iterator[Opened]:
 FORMATS: dict[ExportFormat, Format] = {
     "hf": Format(("transformers",), lambda job: architecture(job.model), _write_hf, _open_hf),
     "hf-int8": _integers(lambda config: Scheme(bits=8, activations="token", symmetric=config.symmetric), gate.INT8),
+    "hf-int8-static": _integers(lambda config: Scheme(bits=8, activations="tensor", symmetric=config.symmetric), gate.INT8),
     "hf-w8a16": _integers(lambda config: Scheme(bits=8, symmetric=config.symmetric), gate.INT8),
     "hf-int4": _integers(lambda config: Scheme(bits=4, group_size=config.group_size, symmetric=config.symmetric), gate.INT4),
     "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda job: None, _write_onnx, _open_onnx),

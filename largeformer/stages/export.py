@@ -107,6 +107,7 @@ def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _job(recipe: Recipe, source: Source) -> Job:
+    from largeformer.compression.description import read_description
     from largeformer.data.tokenization.tokenizer import tokenizer_file
     from largeformer.export.formats import Job
     from largeformer.export.huggingface import SpecialIds
@@ -120,6 +121,7 @@ def _job(recipe: Recipe, source: Source) -> Job:
         config=recipe.export,
         ids=SpecialIds(eos=tokenizer.eod, pad=tokenizer.pad if tokenizer.pad >= 0 else None),
         tokenizer=None if recipe.data.is_mock else source.prepared.path / tokenizer_file(recipe.tokenizer),
+        quantized=read_description(source.checkpoint),
     )
 
 

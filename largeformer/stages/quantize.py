@@ -1,0 +1,158 @@
+"""`quantize`: a model's linear layers made ready to be integers, in `<output_dir>/quantize/`.
+
+    checkpoints/            the weights, still floats: smoothed, on GPTQ's grid, or trained with rounding
+    quantization.json       what becomes of them, and quantization.safetensors: the scales; `export` writes the integers by them
+    layers.json             how far off each linear layer's output is
+    manifest.json           last of all: the model beside what it was, on held-out text
+
+Calibration runs without pipeline stages, whose ranks read other text instead; only quantization-aware training uses the recipe's layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
+from largeformer.config.chain import StageEntry, at_stage, entry_named
+from largeformer.config.load import recipe_yaml
+from largeformer.config.schema import Recipe
+from largeformer.parallel.environment import discover
+from largeformer.stages import interruptions
+from largeformer.stages.generate import inference_layout
+from largeformer.stages.inputs import Input, claim_derived, input_of
+from largeformer.stages.training import LIBRARIES, TrainingJob, train
+from largeformer.stages.weights import Source
+from largeformer.stages.world import World, check_world, enter_world, reporting
+from largeformer.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from largeformer.models.gpt import GPT
+    from largeformer.models.shards import Shard
+    from largeformer.stages.quantizing import Made
+
+STAGE = "quantize"
+LAYERS = "layers.json"
+_SHOWN = 8
+
+
+def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+    """Quantize the checkpoint at `source` (default: of the stage before this one in the recipe's own run). Returns the artifact; with
+    method qat None where `exit_iteration` came before the end. Raises BadInputError, StageFailed, or StopRequested for a signal."""
+    entry = entry or entry_named(recipe, STAGE)
+    staged = at_stage(recipe, entry)
+    if staged.quantize.trains:
+        return _run_training(recipe, staged, source, fresh, entry)
+    flat = inference_layout(recipe, discover(os.environ).world_size)
+    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
+        given = input_of(recipe, entry, source)
+        done = _claim(given, world, fresh)
+        return done if done is not None else _finish(given, world, _unfinished(given), None)
+
+
+def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry) -> Artifact | None:
+    """Train with rounding at the recipe's layout; smooth and calibrate before, and measure afterwards, at an inference layout."""
+    check_world(staged)
+    cut_short = interruptions.cut_short(recipe)
+    with reporting(recipe, STAGE) as report, enter_world(staged) as world:
+        given = input_of(recipe, entry, source)
+        done = _claim(given, world, fresh)
+        if done is not None:
+            return done
+        artifact = world.from_main(lambda: Artifact.read(given.folder))
+        if artifact is None:
+            artifact = _train(given, world, cut_short)
+        if artifact is None:
+            report("requeue")
+            return None
+        return _finish(given, world, artifact, replace(given.source, checkpoint=_newest(given)))
+
+
+def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
+    """The artifact of a stage that is complete; else the folder is this one's. Collective."""
+    from largeformer.compression.description import is_described
+    from largeformer.stages.quantize_checks import check
+
+    def look() -> Artifact | None:
+        check(given.recipe)
+        done = claim_derived(given, given.origin(), fresh=fresh)
+        return done if done is not None and is_described(given.folder) else None
+
+    return world.from_main(look)
+
+
+def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
+    from largeformer.compression.fake_quantization import train_rounded
+    from largeformer.stages.quantizing import kept_layers, scheme_of, start_of_training
+
+    flat = _flat(given, world)
+    start = start_of_training(flat, world.regroup(flat.recipe), recipe_yaml(given.recipe))
+    world = world.regroup(given.recipe)
+
+    def alter(chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
+        train_rounded(chunks, shards, world.groups, scheme_of(given.recipe.quantize), start.input_scales, kept_layers(given.recipe))
+
+    parents = {name: parent for name, parent in given.parents.items() if parent is not given.source.prepared}
+    identity = identity_hash(given.origin())
+    job = TrainingJob(STAGE, given.folder, identity, given.source.prepared, parents, start=start.checkpoint, alter=alter)
+    return train(given.recipe, world, job, cut_short)
+
+
+def _flat(given: Input, world: World) -> Input:
+    return replace(given, recipe=inference_layout(given.recipe, world.info.world_size))
+
+
+def _newest(given: Input) -> Path:
+    from largeformer.checkpoint.commit import newest
+
+    checkpoint = newest(given.folder / "checkpoints")
+    assert checkpoint is not None, "training has ended with one"
+    return checkpoint
+
+
+def _unfinished(given: Input) -> Artifact:
+    origin = given.origin()
+    return Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], {}, library_versions((*LIBRARIES, "compressed-tensors")))
+
+
+def _finish(given: Input, world: World, artifact: Artifact, trained: Source | None) -> Artifact:
+    """Find the scales, measure the model beside what the stage was given, and write everything. Collective."""
+    from largeformer.stages.quantizing import SMOOTHED, quantize
+
+    flat = _flat(given, world)
+    made = quantize(flat, world.regroup(flat.recipe), trained, recipe_yaml(given.recipe))
+    artifact = replace(artifact, metrics={**artifact.metrics, **made.metrics})
+
+    def write() -> None:
+        write_atomically(given.folder / LAYERS, (json.dumps(made.table, indent=2) + "\n").encode())
+        made.description.write(given.folder)
+        shutil.rmtree(given.folder / SMOOTHED, ignore_errors=True)
+        artifact.write()
+        _print(made)
+
+    world.from_main(write)
+    return artifact
+
+
+def _print(made: Made) -> None:
+    """The layers that are furthest off, those that stay floats, and what came of it."""
+    worst = sorted(made.table.items(), key=lambda row: -row[1]["relative_error"])
+    width = max((len(name) for name, _ in worst), default=0)
+    print(f"{'the linear layers furthest off':{width + 4}}  error   SQNR")
+    for name, row in worst[:_SHOWN]:
+        stays = "  stays float" if row["float"] else ""
+        print(f"    {name:{width}}  {row['relative_error']:6.2%}  {row['sqnr_db']:4.1f} dB{stays}")
+    metrics = made.metrics
+    if made.description.ignore:
+        print(f"{len(made.description.ignore)} of {len(made.table)} stay floats: {', '.join(made.description.ignore)}")
+    print(
+        f"{metrics['scheme']} by {metrics['method']}: perplexity {metrics['perplexity_before']:.4f} -> {metrics['perplexity']:.4f} "
+        f"({metrics['perplexity_increase']:+.2%}), {metrics['bits_per_byte']:.4f} bits/byte, KL {metrics['kl']:.2e}, "
+        f"same likeliest token {metrics['top1_agreement']:.2%} (test split, {metrics['tokens']:,} tokens)",
+        flush=True,
+    )

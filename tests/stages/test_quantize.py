@@ -1,0 +1,241 @@
+"""`quantize` as a user runs it: what was calibrated is what is exported, at any layout, and what is refused leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from largeformer import cli
+from largeformer.compression.description import Description, read_description
+from largeformer.compression.schemes import rounded
+from tests.recipes import GPT2
+from tests.stages.test_end_to_end import start
+from tests.stages.test_export import write_recipe
+
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+CALIBRATION = "quantize.calibration.samples=6"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in which a model was trained, at pipeline parallel 2."""
+    recipe = write_recipe(tmp_path_factory.mktemp("quantize"), parallel={"pipeline_model_parallel_size": 2})
+    done = start("pretrain", "-c", str(recipe), launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recipe.parent / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
+    return tmp_path / "run"  # type: ignore[return-value]
+
+
+def quantize(run: Path, *overrides: str) -> int:
+    return cli.main(["quantize", "--from", str(run), CALIBRATION, *overrides])
+
+
+def export(run: Path, *formats: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each format, exported from the stage `quantize`."""
+    assert cli.main(["export", "--from", str(run / "quantize"), f"export.formats=[{', '.join(formats)}]"]) == 0
+    return {name: load_file(run / "export" / name / "model.safetensors") for name in formats}
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    return json.loads((run / "quantize" / "manifest.json").read_text())["metrics"]  # type: ignore[no-any-return]
+
+
+def description(run: Path) -> Description:
+    (checkpoint,) = (run / "quantize" / "checkpoints").glob("step_*")
+    found = read_description(checkpoint)
+    assert found is not None
+    return found
+
+
+def test_round_to_nearest_is_what_export_writes_by_itself(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quantize(copy) == 0
+    told = capfd.readouterr().out
+    assert "w8a8 by rtn: perplexity" in told and "the linear layers furthest off" in told
+    found = metrics(copy)
+    assert found["integer_layers"] == 28 and found["float_layers"] == []
+    assert 0 < found["kl"] < 1e-3 and abs(found["perplexity_increase"]) < 0.01 and found["perplexity"] != found["perplexity_before"]
+    table = json.loads((copy / "quantize" / "layers.json").read_text())
+    assert len(table) == 28 and found["worst_error"] == max(row["relative_error"] for row in table.values())
+    calibrated = export(copy, "hf-int8")["hf-int8"]
+    shutil.rmtree(copy / "export")
+    shutil.move(copy / "quantize", tmp_path / "elsewhere")
+    assert cli.main(["export", "--from", str(copy), "export.formats=[hf-int8]"]) == 0
+    alone = load_file(copy / "export" / "hf-int8" / "model.safetensors")
+    assert calibrated.keys() == alone.keys() and all(torch.equal(calibrated[name], alone[name]) for name in alone)
+
+
+def test_static_scales_reach_the_client_and_fused_layers_share_theirs(copy: Path) -> None:
+    assert quantize(copy, "quantize.scheme=w8a8_static", "quantize.observer=percentile", "quantize.smoothquant={alpha: 0.5}") == 0
+    found = export(copy, "hf", "hf-int8-static", "hf-int8")
+    static, given = found["hf-int8-static"], description(copy).given
+    for module, one in given.items():
+        assert torch.equal(static[f"{module}.input_scale"], one.input_scale) and torch.equal(static[f"{module}.weight_scale"], one.scale)
+    layer = "model.layers.2"
+    attention = {static[f"{layer}.self_attn.{name}_proj.input_scale"].item() for name in "qkv"}
+    feed_forward = {static[f"{layer}.mlp.{name}_proj.input_scale"].item() for name in ("gate", "up")}
+    assert len(attention) == len(feed_forward) == 1 and attention != feed_forward
+    config = json.loads((copy / "export" / "hf-int8-static" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is False
+    assert "input_activations" in json.dumps(config) and f"{layer}.mlp.up_proj.input_scale" not in found["hf-int8"]
+    norms = [name for name in found["hf"] if "layernorm" in name]
+    assert all((found["hf"][name] != 1).any() for name in norms), "smoothing lies in the norms"
+
+
+def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
+    assert quantize(copy, "quantize.scheme=w4a16", "quantize.method=gptq", "quantize.group_size=16", "quantize.symmetric=false") == 0
+    found, described = export(copy, "hf", "hf-int4"), description(copy)
+    assert described.scheme.group_size == 16 and not described.scheme.symmetric
+    for module, given in described.given.items():
+        weight = found["hf"][f"{module}.weight"]
+        torch.testing.assert_close(rounded(weight, given, described.scheme), weight, rtol=1e-6, atol=1e-8)
+        assert found["hf-int4"][f"{module}.weight_scale"].shape == (len(weight), weight.shape[1] // 16)
+    parity = json.loads((copy / "export" / "manifest.json").read_text())["metrics"]["formats"]["hf-int4"]["parity"]["model"]
+    assert parity["max_logit_difference"] < 1e-4, "the folder holds the very model of the stage"
+
+
+def test_layers_beyond_the_threshold_stay_floats_everywhere(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert quantize(copy) == 0
+    table = json.loads((copy / "quantize" / "layers.json").read_text())
+    errors = sorted((row["relative_error"] for row in table.values()), reverse=True)
+    threshold = (errors[1] + errors[2]) / 2
+    assert quantize(copy, f"quantize.error_threshold={threshold}", "quantize.keep_float=[model.layers.0.self_attn.q_proj]", "--fresh") == 0
+    ignored = set(description(copy).ignore)
+    qkv = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
+    assert qkv < ignored and {name for name, row in table.items() if row["relative_error"] > threshold} <= ignored
+    assert set(metrics(copy)["float_layers"]) == ignored
+    assert f"{len(ignored)} of" in capfd.readouterr().out
+    assert cli.main(["export", "--from", str(copy / "quantize"), "export.formats=[hf-int8, onnx]"]) == 0
+    config = json.loads((copy / "export" / "hf-int8" / "config.json").read_text())["quantization_config"]
+    assert set(config["ignore"]) == ignored | {"lm_head"}
+    formats = json.loads((copy / "export" / "manifest.json").read_text())["metrics"]["formats"]
+    assert formats["onnx"]["parity"]["model_int8"]["float_products"] == len(ignored)
+
+
+def test_a_finished_stage_is_kept_and_another_setting_is_refused(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quantize(copy) == 0
+    written = (copy / "quantize" / "quantization.json").stat().st_mtime_ns
+    assert quantize(copy) == 0
+    assert (copy / "quantize" / "quantization.json").stat().st_mtime_ns == written
+    assert quantize(copy, "quantize.scheme=w8a16") == 2
+    assert "quantize.scheme was w8a8, is w8a16" in capfd.readouterr().err
+    assert quantize(copy, "quantize.scheme=w8a16", "--fresh") == 0
+    assert (copy / "quantize.old-1" / "quantization.json").exists() and metrics(copy)["scheme"] == "w8a16"
+    assert "hf-w8a16" in export(copy, "hf-w8a16")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_static", "w4a16"])
+def test_two_ranks_find_the_integers_of_one(run: Path, tmp_path: Path, scheme: str) -> None:
+    """The model was trained at pipeline parallel 2, whose ranks read other text here; the other world splits tensors."""
+    settings = [CALIBRATION, f"quantize.scheme={scheme}", "quantize.smoothquant={alpha: 0.5}", "quantize.group_size=32"]
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    for name, launcher, tensor in (("one", None, 1), ("TP2", "torchrun", 2), ("PP2", "torchrun", 1)):
+        copied = tmp_path / name / "run"
+        shutil.copytree(run, copied, ignore=shutil.ignore_patterns("cache"))
+        layout = [f"parallel.tensor_model_parallel_size={tensor}", f"parallel.pipeline_model_parallel_size={2 if name == 'PP2' else 1}"]
+        done = start("quantize", "--from", str(copied), *settings, *layout, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made[name] = export(copied, "hf-int8-static")["hf-int8-static"] if scheme != "w4a16" else _unpacked(copied)
+    for name in ("TP2", "PP2"):
+        equal = total = 0
+        for key, tensor in made["one"].items():
+            if tensor.dtype == torch.int8:
+                steps = (made[name][key].int() - tensor.int()).abs()
+                assert steps.max() <= 1
+                equal, total = equal + int((steps == 0).sum()), total + steps.numel()
+            else:
+                torch.testing.assert_close(made[name][key], tensor, rtol=1e-5, atol=1e-6)
+        assert equal >= 0.999 * total > 0
+
+
+def _unpacked(run: Path) -> dict[str, torch.Tensor]:
+    """Integers by the stage's own scales and weights."""
+    weights, described = export(run, "hf")["hf"], description(run)
+    made = {}
+    for module, given in described.given.items():
+        grouped = weights[f"{module}.weight"].unflatten(1, (given.scale.shape[1], -1))
+        made[module] = (grouped / given.scale[..., None]).round().clamp(-8, 7).to(torch.int8)
+        made[f"{module}.scale"] = given.scale
+    return made
+
+
+BAD = {
+    "group size": (
+        ["quantize.scheme=w4a16", "quantize.group_size=48"],
+        "quantize.group_size 48 does not divide 64, the inputs of 24 layers",
+    ),
+    "unknown layer": (["quantize.keep_float=[model.layers.9.mlp.up_proj]"], "quantize.keep_float names model.layers.9.mlp.up_proj"),
+    "unknown scheme": (["quantize.scheme=w2"], "quantize.scheme is 'w2', which is none of w8a8"),
+    "asymmetric with activations": (["quantize.symmetric=false"], "quantize.symmetric false does not go with quantize.scheme w8a8"),
+    "no text": (["quantize.calibration.text=empty.txt"], "the calibration text has 0 tokens"),
+    "text that is not there": (["quantize.calibration.text=nowhere.txt"], "calibration.text nowhere.txt cannot be read"),
+    "observer of the weights": (["quantize.method=qat", "quantize.weight_observer=mse"], "does not go with quantize.method qat"),
+    "shards of groups": (
+        ["quantize.method=qat", "quantize.scheme=w4a16", "quantize.group_size=32", "parallel.tensor_model_parallel_size=2"],
+        "quantize.group_size 32 does not divide 48, the inputs of model.layers.0.mlp.down_proj on one of 2 tensor-parallel ranks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_exits_with_2_and_leaves_everything(
+    overrides: list[str], sentence: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.name != "status.json"}
+    if "parallel" in overrides[-1]:
+        from largeformer.config.load import load_recipe
+        from largeformer.errors import BadInputError
+        from largeformer.stages.quantize_checks import check
+
+        with pytest.raises(BadInputError, match=sentence):
+            check(load_recipe(str(copy / "pretrain" / "config.yaml"), overrides))
+        return
+    assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *overrides) == 2
+    error = capfd.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}.items()
+    assert not (copy / "quantize" / "manifest.json").exists()
+
+
+def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from largeformer.compression import quantization
+
+    original = quantization.weight_scales
+
+    def broken(*arguments: Any) -> Any:
+        given = original(*arguments)
+        given.scale[0] = float("nan")
+        return given
+
+    monkeypatch.setattr(quantization, "weight_scales", broken)
+    assert quantize(copy) == 2
+    assert "weight_scale holds nan: a scale must be finite and above 0" in capfd.readouterr().err
+    assert not (copy / "quantize" / "checkpoints").exists()
+
+
+def test_a_gpt2_becomes_integers_in_onnx_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    recipe = write_recipe(tmp_path, model=GPT2, quantize={"calibration": {"samples": 4}, "smoothquant": {"projections": True}})
+    assert cli.main(["pretrain", "-c", str(recipe)]) == 0
+    assert cli.main(["quantize", "-c", str(recipe), "quantize.scheme=w4a16", "quantize.group_size=32"]) == 2
+    assert "quantize.scheme w4a16 cannot be exported for a model of this shape" in capfd.readouterr().err
+    stages = "run.stages=[prepare, pretrain, quantize, export]"
+    assert cli.main(["run", "-c", str(recipe), stages, "export.formats=[hf, onnx]", "quality.tokens=256"]) == 0
+    formats = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())["metrics"]["formats"]
+    assert formats["hf"]["parity"]["model"]["max_logit_difference"] < 1e-4
+    assert formats["onnx"]["parity"]["model_int8"]["float_products"] == 0
