@@ -91,12 +91,15 @@ def test_a_step_by_its_formula(ranks: Any, scheme: Scheme, shape: dict[str, Any]
     recipe = sgd_recipe(model={**shape, "num_layers": 2})
     found = ranks(1).run(stepped, recipe, scheme)[0]
     expected = plainly(recipe, found["start"], scheme)
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    theirs = {name: tensor.detach() for name, tensor in expected["weights"].items()}
+    # Where sums come out in another order, an activation may be rounded to the next integer.
+    loose = 20 if scheme.activations == "token" else 1
+    assert found["loss"] == pytest.approx(expected["loss"], rel=loose * 1e-6)
+    # A key's bias adds the same to all scores of a query: its gradient is noise.
+    theirs = {name: tensor.detach() for name, tensor in expected["weights"].items() if not name.endswith("k_proj.bias")}
     ours = to_hugging_face(found["weights"], recipe.model, "llama")
     before = to_hugging_face(found["start"], recipe.model, "llama")
     steps = ({name: held[name] - before[name] for name in theirs} for held in (ours, theirs))
-    assert_same(*steps, 2e-4)
+    assert_same(*steps, loose * 2e-4)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

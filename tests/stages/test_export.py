@@ -107,7 +107,10 @@ def test_a_folder_in_the_way_is_left_alone_or_set_aside(run: Path, copy: Path, c
 
 
 BAD = {
-    "unknown format": (["export.formats=[gguf]"], "export.formats[0] is 'gguf', which is none of hf, hf-int8, hf-w8a16, hf-int4, onnx"),
+    "unknown format": (
+        ["export.formats=[gguf]"],
+        "export.formats[0] is 'gguf', which is none of hf, hf-int8, hf-int8-static, hf-w8a16, hf-int4, onnx",
+    ),
     "no format": (["export.formats=[]"], "export.formats is empty"),
     "group size": (["export.formats=[hf-int4]", "export.group_size=48"], "export.group_size 48 does not divide"),
     "asymmetric": (["export.formats=[hf-int8]", "export.symmetric=false"], "set export.symmetric to true"),
