@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from largeformer.config.calibration import CalibrationConfig
 from largeformer.config.chain import TrainedSection
@@ -17,6 +17,11 @@ _STRUCTURED, _SPARSE = ("width", "depth"), ("magnitude", "wanda", "sparsegpt")
 _DEFAULT_TARGET, _DEFAULT_SPARSITY = 0.85, 0.5
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+
+
+def _not_base_sixty(value: Any) -> Any:
+    """YAML 1.1 reads an unquoted 2:4 as 2 x 60 + 4."""
+    return "{}:{}".format(*divmod(value, 60)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class ScheduleConfig(Section):
@@ -54,7 +59,7 @@ class PruneConfig(TrainedSection):
     multiple_of: PositiveInt = 8
     importance: Literal["activation", "weight", "ablation"] = "activation"
     sparsity: Share | None = None
-    pattern: str | None = None
+    pattern: Annotated[str | None, BeforeValidator(_not_base_sixty)] = None
     scope: Literal["local", "global"] = "local"
     threshold: Positive | None = None
     schedule: ScheduleConfig | None = None
@@ -113,9 +118,9 @@ def prune_problems(prune: PruneConfig, train_iters: int) -> Iterator[str]:
     if len(amounts) > 1:
         yield f"prune.{' and prune.'.join(amounts)} each say how much becomes 0: give one of them"
     schedule = prune.schedule
-    if schedule is not None and not schedule.start < schedule.end <= train_iters:
+    if schedule is not None and not schedule.start < schedule.end < train_iters:
         yield (
-            f"prune.schedule goes from step {schedule.start} to {schedule.end} of {train_iters}: it must end after it starts, and within "
+            f"prune.schedule goes from step {schedule.start} to {schedule.end} of {train_iters}: it must end after it starts, and before "
             "prune.train.train_iters"
         )
     if schedule is not None and (prune.pattern or prune.threshold):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,11 @@ def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -
 def _as_written(recipe: Recipe, given: Input) -> Recipe:
     """The recipe that the result says it was made with: the layout that was asked for, and the shape that it has."""
     from largeformer.compression.shape import pruned_shape
+    from largeformer.compression.unstructured import pattern_problems
 
     read = given.recipe
+    if problems := pattern_problems(read.model, read.prune):
+        raise BadInputError(problems)
     model = pruned_shape(read.model, read.tokenizer.vocab_size, read.prune) if read.prune.structured else read.model
     return read.model_copy(update={"model": model, "parallel": recipe.parallel, "train": at_stage(recipe, given.entry).train})
 
@@ -148,7 +151,35 @@ def _loss_of(checkpoint: Path, given: Input, written: Recipe, world: World) -> L
 
 
 def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
-    raise NotImplementedError
+    """Zeros, at once."""
+    from largeformer.compression.unstructured import sparsify
+    from largeformer.models.gpt import build_gpt
+    from largeformer.stages.calibrating import calibration
+    from largeformer.training.checkpointing import load_weights
+    from largeformer.training.saving import save_weights
+
+    recipe, prune = given.recipe, given.recipe.prune
+    chunks, shards = build_gpt(recipe, world.groups, world.device)
+    load_weights(given.source.checkpoint, shards)
+    chunks[0].eval()
+    loss = held_out_loss(recipe, world, given.source, chunks, "valid")
+    batches = [] if prune.method == "magnitude" else calibration(recipe, world, given.source, prune.calibration)
+    sparsify(chunks[0], shards, world.groups, recipe.model, prune, batches)
+    after = held_out_loss(recipe, world, given.source, chunks, "valid")
+    made = save_weights(given.folder / "checkpoints", shards, recipe_yaml(written))
+    return {**held_out_figures(loss, after), **world.from_main(lambda: _zeros(given, made))}
+
+
+def _zeros(given: Input, made: Path) -> dict[str, Any]:
+    """What the manifest says of the zeros, and a table of them by weight. On one process."""
+    from largeformer.compression.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
+    from largeformer.export.streaming import StoredTensors
+
+    parent, child = (StoredTensors.of_checkpoint(checkpoint) for checkpoint in (given.source.checkpoint, made))
+    assert_zeros_kept(parent, child)
+    table = {name: {**asdict(count), "share": count.share} for name, count in count_zeros(child).items()}
+    _write_json(given.folder / "zeros.json", table)
+    return {"sparsity": sparsity_metrics(child, given.recipe.prune.kept_of), "table": "zeros.json"}
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -157,6 +188,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _print(metrics: dict[str, Any]) -> None:
     sizes = ", ".join(f"{axis} {size['before']} -> {size['after']}" for axis, size in metrics.get("axes", {}).items())
+    if "sparsity" in metrics:
+        print(f"{metrics['sparsity']['overall']:.2%} of {metrics['sparsity']['weights']:,} weights in linear layers are 0")
     print(
         f"{metrics['parameters_before']:,} -> {metrics['parameters']:,} parameters ({metrics['parameters_kept']:.1%})"
         + (f": {sizes}" if sizes else "")

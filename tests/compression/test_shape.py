@@ -100,7 +100,7 @@ RULES = {
     "threshold for wanda": ({"method": "wanda", "threshold": 0.1}, "it belongs to magnitude"),
     "schedule for wanda": ({"method": "wanda", "schedule": {"end": 5}}, "it belongs to magnitude"),
     "a schedule with a pattern": ({"method": "magnitude", "pattern": "2:4", "schedule": {"end": 5}}, "lets a share grow"),
-    "a schedule beyond the training": ({"method": "magnitude", "schedule": {"end": 101}}, "from step 0 to 101 of 100"),
+    "a schedule beyond the training": ({"method": "magnitude", "schedule": {"end": 100}}, "from step 0 to 100 of 100"),
     "a schedule backwards": ({"method": "magnitude", "schedule": {"start": 9, "end": 5}}, "from step 9 to 5"),
     "global wanda": ({"method": "wanda", "scope": "global"}, "needs prune.method magnitude"),
 }
@@ -115,7 +115,7 @@ def test_keys_that_do_not_go_together(keys: dict[str, Any], sentence: str) -> No
 ALLOWED = {
     "default": {},
     "global": {"method": "magnitude", "scope": "global", "sparsity": 0.7},
-    "gradual": {"method": "magnitude", "schedule": {"start": 10, "end": 100}},
+    "gradual": {"method": "magnitude", "schedule": {"start": 10, "end": 99}},
     "depth by ablation": {"method": "depth", "importance": "ablation"},
     "2:4": {"method": "sparsegpt", "pattern": "2:4"},
 }

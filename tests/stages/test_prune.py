@@ -91,6 +91,26 @@ def test_a_smaller_model_that_later_stages_read(prune: Any, recipe: Path, overri
     assert metrics(prune.run, "evaluate")["checkpoint"] == "step_00000000"
 
 
+SPARSE = {
+    "magnitude": (["prune.method=magnitude", "prune.sparsity=0.4"], 0.4),
+    "global": (["prune.method=magnitude", "prune.scope=global"], 0.5),
+    "wanda 2:4": (["prune.method=wanda", "prune.pattern=2:4"], 0.5),
+    "sparsegpt": (["prune.method=sparsegpt", "prune.sparsity=0.6", "prune.block_size=32"], 0.6),
+}
+
+
+@pytest.mark.parametrize(("overrides", "share"), SPARSE.values(), ids=SPARSE)
+def test_a_sparse_model_of_the_same_shape(prune: Any, overrides: list[str], share: float) -> None:
+    assert prune(*overrides) == 0
+    found = metrics(prune.run)
+    assert found["sparsity"]["overall"] == pytest.approx(share, abs=0.01) and found["parameters_kept"] == 1.0
+    assert found["sparsity"].get("pattern_holds") is (True if "prune.pattern=2:4" in overrides else None)
+    table = json.loads((prune.run / "prune" / "zeros.json").read_text())
+    assert len(table) == 5 * TINY["model"]["num_layers"]
+    assert sum(row["zeros"] for row in table.values()) == found["sparsity"]["zeros"]
+    assert found["perplexity"] != found["perplexity_before"]
+
+
 def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert prune("prune.ffn_hidden_size=64") == 0
     before = (prune.run / "prune" / "manifest.json").stat().st_mtime_ns
@@ -118,6 +138,7 @@ BAD = {
     "unknown axis": (["prune.axes=[depth]"], "prune.axes[0] is 'depth', which is none of hidden_size"),
     "ratio": (["prune.method=magnitude", "prune.sparsity=1.5"], "prune.sparsity is 1.5, which should be below 1"),
     "other method's": (["prune.sparsity=0.5"], "prune.sparsity is 0.5, which prune.method width does not read"),
+    "pattern": (["prune.method=wanda", "prune.pattern=2:7"], "prune.pattern 2:7 does not divide model.hidden_size 64"),
     "no text": (["prune.calibration.text=/nowhere"], "calibration.text /nowhere cannot be read"),
 }
 
