@@ -5,7 +5,7 @@ The names are Llama's for every shape, which `models/plain.py` and with it ONNX 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,6 +36,12 @@ class Names:
             cut = row.form.cut(part, self._model)
             made |= {name.removesuffix(_WEIGHT): tensor.contiguous() for name, tensor in zip(row.theirs, cut, strict=True)}
         return made
+
+    def join(self, linear: Linear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows of each of theirs -> [o, ...], in the order of our rows: `cut` undone."""
+        forms = [self._rows[key] for key in linear.keys]
+        joined = [row.form.join(tuple(parts[name.removesuffix(_WEIGHT)] for name in row.theirs), self._model) for row in forms]
+        return torch.cat(joined)
 
     def all(self, linears: Sequence[Linear]) -> list[str]:
         return [name for linear in linears for name in self.of(linear)]

@@ -161,3 +161,19 @@ def by_name(scales: Scales, names: Names) -> dict[str, Given]:
         zero_point = names.cut(linear, given.zero_point) if given.zero_point is not None else {}
         made |= {name: Given(scale[name], zero_point.get(name), given.input_scale) for name in scale}
     return made
+
+
+def from_names(named: Mapping[str, Given], linears: Sequence[Linear], names: Names) -> Scales:
+    """`by_name` undone, for those of `linears` that are named, on their device."""
+    made: dict[Linear, Given] = {}
+    for linear in linears:
+        parts = {name: named[name] for name in names.of(linear) if name in named}
+        if not parts:
+            continue
+        device = linear.shards[0].parameter.device
+        first = next(iter(parts.values()))
+        scale = names.join(linear, {name: part.scale for name, part in parts.items()}).to(device)
+        zero_points = {name: part.zero_point for name, part in parts.items() if part.zero_point is not None}
+        zero_point = names.join(linear, zero_points).to(device) if zero_points else None
+        made[linear] = Given(scale, zero_point, first.input_scale.to(device) if first.input_scale is not None else None)
+    return made

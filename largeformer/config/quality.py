@@ -21,10 +21,10 @@ class LimitsConfig(Section):
 
 
 class QualityConfig(Section):
-    """`tokens`: of the test split, from its beginning. `shapes`: rows and tokens of one call; a single token goes on from half a sequence
-    in the cache. `limits`: by the name of the stage."""
+    """`tokens`: of the test split, from its beginning; exports are comparable where `export.gate_tokens` is the same. `shapes`: rows and
+    tokens of one call; a single token goes on from half a sequence in the cache. `limits`: by the name of the stage."""
 
-    tokens: PositiveInt = 16384
+    tokens: PositiveInt = 4096
     shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 1), (1, 128), (4, 128))
     threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     rounds: PositiveInt = 10

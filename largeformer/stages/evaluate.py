@@ -12,11 +12,12 @@ from largeformer.config.chain import StageEntry, entry_named
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import prepare
+from largeformer.stages.deployed import deployed, is_quantized
 from largeformer.stages.generate import continue_prompt, inference_layout
 from largeformer.stages.held_out import held_out_loss
 from largeformer.stages.inputs import Input, input_of
 from largeformer.stages.weights import Source, load_model, on_this_world, without_virtual_stages
-from largeformer.stages.world import enter_world, reporting
+from largeformer.stages.world import World, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
         if not again and there is not None and there.identity == identity_hash(given.origin()):
             return there
         recipe, found = given.recipe, given.source
-        total = held_out_loss(recipe, world, found, load_model(recipe, world, found.checkpoint), SPLIT)
         sampling = inference_layout(recipe, world.info.world_size)
+        total = _loss(recipe, sampling, world, found)
         prompt = _prompt(recipe, found)
         text = continue_prompt(sampling, world.regroup(sampling), found, prompt, recipe.generate)
         artifact = _artifact(given, total, prompt + text)
@@ -47,6 +48,15 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
             _print(found, total, prompt, text)
             artifact.write()
     return artifact
+
+
+def _loss(recipe: Recipe, flat: Recipe, world: World, source: Source) -> LossTotal:
+    """At the recipe's layout; of a quantized model, as its integers compute, at the one without a pipeline. Collective."""
+    if not is_quantized(source.checkpoint):
+        return held_out_loss(recipe, world, source, load_model(recipe, world, source.checkpoint), SPLIT)
+    world = world.regroup(flat)
+    with deployed(flat, world, source.checkpoint) as chunk:
+        return held_out_loss(flat, world, source, [chunk], SPLIT)
 
 
 def _prompt(recipe: Recipe, source: Source) -> str:

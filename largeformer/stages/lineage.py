@@ -15,15 +15,18 @@ from rich.tree import Tree
 from largeformer.artifact import Artifact, read_status
 from largeformer.errors import BadInputError
 
+_WIDE = 200  # where no terminal says how wide it is
 _SHOWN = {
     "outcome": "{}",
     "parameters": "{:,} parameters",
-    "sparsity": "{:.1%} zeros",
     "perplexity": "perplexity {:.3f}",
     "bits_per_byte": "{:.4f} bits/byte",
     "val_loss": "validation loss {:.4f}",
     "val_bits_per_byte": "{:.4f} bits/byte",
 }
+
+_COMPARED = ("perplexity", "bits_per_byte", "val_loss", "val_bits_per_byte")
+"""Of a stage whose model was measured beside the others', these are told as they were measured there."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ def run(folder: Path, *, as_json: bool = False) -> int:
     drawn: dict[str, Tree] = {}
     for node in found:
         drawn[node.name] = drawn.get(node.below or "", tree).add(_label(node))
-    console = Console(soft_wrap=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
     console.print(tree)
     status = read_status(folder) or {}
     if status.get("status") in ("failed", "requeue"):
@@ -114,9 +119,13 @@ def _label(node: Node) -> Text:
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:
     quality = metrics.get("quality", {})
-    told = [form.format(metrics[name]) for name, form in _SHOWN.items() if isinstance(metrics.get(name), int | float | str)]
+    shown = {name: form for name, form in _SHOWN.items() if not (quality and name in _COMPARED)}
+    told = [form.format(metrics[name]) for name, form in shown.items() if isinstance(metrics.get(name), int | float | str)]
+    if metrics.get("sparsity"):
+        told.append(f"{metrics['sparsity']['overall']:.1%} zeros")
     if quality:
-        told.append(f"perplexity {quality['perplexity']:.3f} ({quality['perplexity_increase']:+.2%} beside {quality['reference']})")
+        beside = f" ({quality['perplexity_increase']:+.2%} beside {quality['reference']})" if quality["kl"] else ""
+        told.append(f"perplexity {quality['perplexity']:.3f}{beside}, {quality['bits_per_byte']:.4f} bits/byte")
     formats = metrics.get("formats")
     if isinstance(formats, Mapping):
         told.append(" ".join(formats))

@@ -6,8 +6,10 @@ RUN/quality.json, .svg      all of them, and the exports, once the chain has end
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,13 @@ from largeformer.config.quality import LimitsConfig, QualityConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import StageFailed
 from largeformer.stages import prepare
+from largeformer.stages.deployed import deployed
 from largeformer.stages.generate import inference_layout
-from largeformer.stages.weights import Source, find_source, load_model, shaped_like
+from largeformer.stages.weights import Source, find_source, shaped_like
 from largeformer.stages.world import World, enter_world, reporting
 
 if TYPE_CHECKING:
-    import torch
-
+    from largeformer.compression.description import Description
     from largeformer.export.twin import CachedGPT
     from largeformer.parallel.batch import Batch
 
@@ -35,6 +37,8 @@ LARGEST_TIMED = 500_000_000
 
 @dataclass(frozen=True)
 class _Model:
+    """A stage's model. `recipe`: shaped like it, at the world's layout."""
+
     name: str
     recipe: Recipe
     source: Source
@@ -46,10 +50,29 @@ class _Model:
 
         return parameter_count(self.recipe.model, self.recipe.tokenizer.vocab_size)
 
+    @cached_property
+    def quantization(self) -> Description | None:
+        """What becomes of its weights where they are exported."""
+        from largeformer.compression.description import read_description
+
+        return read_description(self.source.checkpoint)
+
     @property
     def bytes(self) -> int:
-        """Of the weights in the checkpoint's files."""
-        return sum(path.stat().st_size for path in (self.source.checkpoint / "weights").iterdir())
+        """Of the weights, as integers where they are quantized."""
+        from largeformer.models.gpt import DTYPES
+        from largeformer.models.hf_mapping import rows, shapes
+
+        item = DTYPES[self.recipe.train.precision].itemsize
+        total = item * self.parameters
+        if self.quantization is None:
+            return total
+        model = self.recipe.model
+        sizes = shapes(rows(model, "llama"), model, self.recipe.tokenizer.vocab_size)
+        for name, given in self.quantization.given.items():
+            saved = math.prod(sizes[f"{name}.weight"]) * (8 * item - self.quantization.scheme.bits) // 8
+            total += item * given.scale.numel() - saved
+        return total
 
 
 def is_judged(recipe: Recipe) -> bool:
@@ -110,18 +133,16 @@ def _measure(model: _Model, reference: _Model, world: World, settings: QualityCo
     from largeformer.evaluation.quality import compare
 
     tokenizer = prepare.open_tokenizer(reference.recipe, reference.source.prepared.path)
-    chunks = {one.name: _chunk(one, world) for one in (model, reference)}
-    found = compare(
-        chunks[model.name], chunks[reference.name], _windows(reference, world, settings.tokens), world.groups, tokenizer.piece_bytes
-    )
+    windows = _windows(reference, world, settings.tokens)
+    theirs, ours = (deployed(_exact(one), world, one.source.checkpoint) for one in (reference, model))
+    with theirs as reference_chunk, ours as chunk:
+        found = compare(chunk, reference_chunk, windows, world.groups, tokenizer.piece_bytes)
     sizes = {"parameters": model.parameters, "weight_bytes": model.bytes, "reference": reference.name}
     return {**sizes, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings))}
 
 
-def _chunk(model: _Model, world: World) -> torch.nn.Module:
-    exact = model.recipe.model_copy(update={"train": model.recipe.train.model_copy(update={"precision": "fp32"})})
-    (chunk,) = load_model(exact, world, model.source.checkpoint)
-    return chunk
+def _exact(model: _Model) -> Recipe:
+    return model.recipe.model_copy(update={"train": model.recipe.train.model_copy(update={"precision": "fp32"})})
 
 
 def _windows(model: _Model, world: World, tokens: int) -> Iterator[Batch]:

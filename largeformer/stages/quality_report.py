@@ -61,13 +61,13 @@ def _rows(recipe: Recipe, run: Path) -> Iterator[Row]:
 
 def _model_row(name: str, metrics: dict[str, Any]) -> Row:
     found = metrics["quality"]
-    sparsity = metrics.get("sparsity")
+    sparsity = metrics.get("sparsity", {}).get("overall")
     return Row(
         name=name,
         parameters=found["parameters"],
         bytes=found["weight_bytes"],
         **{key: found[key] for key in ("perplexity", "perplexity_increase", "bits_per_byte", "kl", "top1_agreement", "passed")},
-        sparsity=sparsity if isinstance(sparsity, float) else None,
+        sparsity=sparsity,
         latency_ms={_case(one): one["model_ms"] for one in found["latency"]},
         tokens_per_s=max((one["tokens_per_s"] for one in found["latency"]), default=None),
     )
@@ -112,7 +112,7 @@ def show(rows: Sequence[Row]) -> None:
         "KL",
         "top-1",
         "zeros",
-        *(f"{case} [ms]" for case in cases),
+        *(f"{case} (ms)" for case in cases),
         "",
     ):
         table.add_column(heading, justify="right")
