@@ -103,7 +103,9 @@ class PruneConfig(TrainedSection):
 
 
 def prune_problems(prune: PruneConfig, train_iters: int) -> Iterator[str]:
-    """What does not go together. `train_iters`: of the stage's training, if it trains."""
+    """What does not go together. `train_iters`: of the recipe's section `train`, which the stage may have otherwise."""
+    own = prune.train.get("train_iters")
+    train_iters = own if isinstance(own, int) else train_iters
     yield from _foreign_keys(prune)
     target = prune.target_parameters
     if target is not None and target >= 1 and target != int(target):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,21 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
+from largeformer.stages import interruptions, prepare
 from largeformer.stages.generate import inference_layout
 from largeformer.stages.held_out import held_out_figures, held_out_loss
 from largeformer.stages.inputs import Input, claim_derived, input_of
+from largeformer.stages.training import Accompanied, TrainingJob, train
 from largeformer.stages.weights import load_model
-from largeformer.stages.world import World, enter_world, reporting
+from largeformer.stages.world import World, check_world, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from largeformer.evaluation.perplexity import LossTotal
+    from largeformer.models.gpt import GPT
+    from largeformer.models.shards import Shard
+    from largeformer.training.engine import Engine
+    from largeformer.training.trainer import BatchSource
 
 STAGE = "prune"
 _LIBRARIES = ("largeformer", "torch", "megatron-core")
@@ -38,13 +44,83 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     artifact; one that is there for this checkpoint and these settings is returned as it is. None where `exit_iteration` ended a gradual
     schedule before its end. Raises StopRequested where a signal or the clock did."""
     entry = entry or entry_named(recipe, STAGE)
-    if at_stage(recipe, entry).prune.schedule is not None:
-        raise BadInputError("prune.schedule is not there yet: prune at once")
+    staged = at_stage(recipe, entry)
+    if staged.prune.trains:
+        return _gradually(recipe, staged, source, fresh, entry)
     whole = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
         given = input_of(whole, entry, source)
         work = _smaller if given.recipe.prune.structured else _sparser
         return _once(recipe, given, world, fresh, work)
+
+
+def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry) -> Artifact | None:
+    """In a training at the recipe's layout; measured before and after at an inference layout."""
+    check_world(staged)
+    cut_short = interruptions.cut_short(recipe)
+    with reporting(recipe, STAGE) as report, enter_world(staged) as world:
+        given = input_of(recipe, entry, source)
+        if given.source.prepared.kind != prepare.KIND:
+            raise BadInputError(f"{given.source.checkpoint} has no prepared text to train on: prune at once, without prune.schedule")
+        artifact = world.from_main(lambda: claim_derived(given, given.origin(), fresh=fresh))
+        if artifact is not None and "sparsity" in artifact.metrics:
+            return artifact
+        artifact = artifact or _train(given, world, cut_short)
+        if artifact is None:
+            report("requeue")
+            return None
+        return _measured(given, world, artifact)
+
+
+def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
+    from largeformer.training.gradual import GradualPruning, Masked, hold_growing
+
+    recipe = given.recipe
+    masked: list[Masked] = []
+
+    def alter(chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
+        masked[:] = hold_growing(shards, recipe.model)
+
+    def accompany(engine: Engine, data: BatchSource) -> Accompanied:
+        pruning = GradualPruning(engine, data, masked, recipe.prune)
+        return Accompanied(pruning, {"prune": pruning})
+
+    prepared = given.source.prepared
+    parents = {name: parent for name, parent in given.parents.items() if parent is not prepared}
+    identity, start = identity_hash(given.origin()), given.source.checkpoint
+    job = TrainingJob(STAGE, given.folder, identity, prepared, parents, start, alter, accompany)
+    return train(recipe, world, job, cut_short)
+
+
+def _measured(given: Input, world: World, artifact: Artifact) -> Artifact:
+    """The manifest with what it has of the model that came out. Collective."""
+    from largeformer.checkpoint.commit import newest
+    from largeformer.models.flops import parameter_count
+
+    made = newest(given.folder / "checkpoints")
+    assert made is not None, "training has ended with one"
+    flat = inference_layout(given.recipe, world.info.world_size)
+    world = world.regroup(flat)
+    before, after = (
+        held_out_loss(flat, world, given.source, load_model(flat, world, checkpoint), "valid")
+        for checkpoint in (given.source.checkpoint, made)
+    )
+    parameters = parameter_count(flat.model, flat.tokenizer.vocab_size)
+    metrics = {
+        **artifact.metrics,
+        "method": flat.prune.method,
+        "checkpoint": given.source.checkpoint.name,
+        "parameters_before": parameters,
+        "parameters": parameters,
+        "parameters_kept": 1.0,
+        **held_out_figures(before, after),
+        **world.from_main(lambda: _zeros(given, made)),
+    }
+    artifact = replace(artifact, metrics=metrics)
+    world.from_main(artifact.write)
+    if world.info.is_main:
+        _print(metrics)
+    return artifact
 
 
 Work = Callable[[Input, Recipe, World], dict[str, Any]]

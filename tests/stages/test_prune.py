@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from largeformer import cli
+from largeformer.export.streaming import StoredTensors
 from tests.recipes import TINY
 from tests.stages.test_end_to_end import start
 
@@ -109,6 +111,28 @@ def test_a_sparse_model_of_the_same_shape(prune: Any, overrides: list[str], shar
     assert len(table) == 5 * TINY["model"]["num_layers"]
     assert sum(row["zeros"] for row in table.values()) == found["sparsity"]["zeros"]
     assert found["perplexity"] != found["perplexity_before"]
+
+
+GRADUAL = (
+    "prune.method=magnitude",
+    "prune.sparsity=0.6",
+    "prune.schedule={start: 1, end: 4, interval: 1}",
+    "prune.train={train_iters: 6, eval_interval: 6}",
+    "checkpoint.save_interval=2",
+)
+
+
+def test_a_gradual_schedule_interrupted_is_the_same(prune: Any, trained: Path, recipe: Path, tmp_path: Path) -> None:
+    """Stopped in the middle of the schedule and gone on with, and never stopped: the same weights, bit for bit."""
+    assert prune(*GRADUAL, "prune.train={train_iters: 6, eval_interval: 6, exit_iteration: 3}") == 0
+    assert not (prune.run / "prune" / "manifest.json").exists()
+    assert prune(*GRADUAL) == 0
+    found = metrics(prune.run)
+    assert found["sparsity"]["overall"] == pytest.approx(0.6, abs=2e-3) and found["steps"] == 6
+    shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("cache"))
+    assert cli.main(["prune", "-c", str(recipe), f"run.output_dir={tmp_path / 'other'}", *GRADUAL]) == 0
+    one, other = (StoredTensors.of_checkpoint(run / "prune" / "checkpoints" / "step_00000006") for run in (prune.run, tmp_path / "other"))
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.names)
 
 
 def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
