@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from largeformer.compression.gptq import Hessian, gptq
+from largeformer.compression.gptq import gptq
 from largeformer.compression.linears import linears
 from largeformer.compression.quantization import gptq_layers
-from largeformer.compression.schemes import Given, Scheme, rounded, weight_scales
+from largeformer.compression.schemes import Given, Scheme, library_scheme, rounded, weight_scales
 from largeformer.config.quantize import GPTQConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
+from largeformer.models.gather import gather_full
+from largeformer.models.hf_config import hugging_face_config
+from largeformer.models.hf_mapping import to_hugging_face
 from tests.compression.models import at, model_on
 from tests.distributed import RankContext
 from tests.recipes import LLAMA, tiny_recipe
@@ -92,7 +96,6 @@ def walked(ranks: RankContext, recipe: Recipe, scheme: Scheme) -> dict[str, Any]
     with model_on(ranks, recipe) as model:
         batches, settings = model.batches(recipe, 8), GPTQConfig()
         first = linears(model.chunk, model.shards, model.groups)[0]
-        hessian = Hessian(first[0])
         names = {linear.name for layer in linears(model.chunk, model.shards, model.groups) for linear in layer} - {first[2].name}
         kept = first[2].whole()
         scales = gptq_layers(
@@ -100,8 +103,74 @@ def walked(ranks: RankContext, recipe: Recipe, scheme: Scheme) -> dict[str, Any]
         )
         assert torch.equal(first[2].whole(), kept), "a layer that was not named is left alone"
         whole = {linear.name: linear.whole() for layer in linears(model.chunk, model.shards, model.groups) for linear in layer}
-        assert hessian.matrix.shape == (64, 64)
         return {"weights": whole, "scales": scales}
+
+
+def solved(ranks: RankContext, recipe: Recipe, scheme: Scheme, act_order: bool) -> dict[str, Any]:
+    """All linear layers of a model by GPTQ: our tensors before and after, and the ids of the calibration text."""
+    with model_on(ranks, recipe) as model:
+        batches, layers = model.batches(recipe, 16), linears(model.chunk, model.shards, model.groups)
+
+        def weights() -> dict[str, torch.Tensor]:
+            return gather_full(model.shards, lambda shard: shard.of(shard.parameter.detach()).clone())
+
+        before, names = weights(), [linear.name for layer in layers for linear in layer]
+        settings = GPTQConfig(act_order=act_order)
+        gptq_layers(
+            model.chunk, model.shards, batches, model.groups, scheme, settings, lambda w: weight_scales(w, scheme, torch.float32), names
+        )
+        return {"before": before, "after": weights(), "tokens": torch.cat([batch.tokens for batch in batches])}
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "largest first"])
+@pytest.mark.parametrize("scheme", [SCHEMES["W4 in groups"], SCHEMES["W8"]], ids=["W4", "W8"])
+def test_as_llm_compressor_on_the_exported_twin(ranks: Any, scheme: Scheme, act_order: bool, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model={**LLAMA, "num_layers": 2})
+    found = ranks(1).run(solved, recipe, scheme, act_order)[0]
+    theirs = by_llm_compressor(found["before"], found["tokens"], recipe, scheme, act_order, tmp_path)
+    ours, before = (to_hugging_face(found[key], recipe.model) for key in ("after", "before"))
+    equal = total = 0
+    for name, weight in before.items():
+        if name.endswith("_proj.weight"):
+            scale = weight_scales(weight, scheme, torch.float32).scale
+            steps = ((ours[name] - theirs[name]) / scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)).abs()
+            assert ((ours[name] - weight) / scale.mean()).abs().max() > 0.5, "more than rounding was done"
+            equal, total = equal + int((steps < 1e-2).sum()), total + steps.numel()
+    assert equal >= 0.999 * total > 0, equal / total
+
+
+def by_llm_compressor(
+    weights: dict[str, torch.Tensor], tokens: torch.Tensor, recipe: Recipe, scheme: Scheme, act_order: bool, folder: Path
+) -> dict[str, torch.Tensor]:
+    compressor = pytest.importorskip("llmcompressor")
+    modifiers = pytest.importorskip("llmcompressor.modifiers.gptq")
+    datasets, transformers, tokenizers = (pytest.importorskip(name) for name in ("datasets", "transformers", "tokenizers"))
+    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hugging_face_config(recipe.model, recipe.tokenizer.vocab_size)))
+    twin.load_state_dict(to_hugging_face(weights, recipe.model))
+    twin.save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    library = library_scheme(scheme)
+    library.weights.observer, library.format = "minmax", None
+    settings: dict[str, Any] = {
+        "ignore": ["lm_head"],
+        "block_size": 128,
+        "dampening_frac": 0.01,
+        "actorder": "weight" if act_order else None,
+    }
+    settings["config_groups"] = {"group_0": library}
+    rows = tokens.tolist()
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    compressor.oneshot(
+        model=model,
+        dataset=datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+        recipe=[modifiers.GPTQModifier(**settings)],
+        num_calibration_samples=len(rows),
+        max_seq_length=tokens.shape[1],
+        shuffle_calibration_samples=False,
+        pipeline="sequential",
+        processor=transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="a"),
+    )
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES["W4 in groups"], SCHEMES["W8"]], ids=["W4", "W8"])

@@ -247,3 +247,50 @@ def test_a_gpt2_becomes_integers_in_onnx_alone(tmp_path: Path, capfd: pytest.Cap
     formats = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())["metrics"]["formats"]
     assert formats["hf"]["parity"]["model"]["max_logit_difference"] < 1e-4
     assert formats["onnx"]["parity"]["model_int8"]["float_products"] == 0
+
+
+QAT = [
+    "quantize.method=qat",
+    "quantize.train={train_iters: 3, eval_interval: 3}",
+    "quantize.optimizer={lr: 1.0e-3, lr_decay_style: constant}",
+]
+
+
+def test_training_with_rounding_goes_on_and_is_exported(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped after two of three steps; its validation is of the rounded model, and the export agrees with the stage's own comparison."""
+    arguments = [*QAT, "quantize.scheme=w4a16", "quantize.group_size=32", "parallel.pipeline_model_parallel_size=1"]
+    stopped = "quantize.train={train_iters: 3, eval_interval: 3, exit_iteration: 2}"
+    assert quantize(copy, *arguments, stopped) == 0
+    assert not (copy / "quantize" / "manifest.json").exists()
+    assert quantize(copy, *arguments) == 0
+    assert "resumed" in capfd.readouterr().out
+    found = metrics(copy)
+    assert (found["steps"], found["outcome"], found["method"]) == (3, "finished", "qat")
+    assert found["perplexity"] != found["perplexity_before"]
+    written = export(copy, "hf", "hf-int4")
+    assert "model.layers.0.mlp.up_proj.weight_packed" in written["hf-int4"]
+    kl = json.loads((copy / "export" / "manifest.json").read_text())["metrics"]["formats"]["hf-int4"]["parity"]["model"]["kl"]
+    assert kl > 1e-6, "hf holds the floats that were trained, and the other their integers"
+
+
+@pytest.mark.slow
+def test_training_with_rounding_at_another_layout(run: Path, tmp_path: Path) -> None:
+    losses = {}
+    layouts = {
+        "PP2": ("torchrun", ["parallel.pipeline_model_parallel_size=2", "deepspeed=ds_configs/zero1.json"]),
+        "TP2": (
+            "torchrun",
+            ["parallel.pipeline_model_parallel_size=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        ),
+        "ZeRO 3": ("torchrun", ["parallel.pipeline_model_parallel_size=1", "deepspeed=ds_configs/zero3.json"]),
+        "one": (None, ["parallel.pipeline_model_parallel_size=1"]),
+    }
+    for name, (launcher, layout) in layouts.items():
+        copied = tmp_path / name / "run"
+        shutil.copytree(run, copied, ignore=shutil.ignore_patterns("cache"))
+        settings = [CALIBRATION, *QAT, "quantize.scheme=w8a8_static", "quantize.smoothquant={alpha: 0.5}", *layout]
+        done = start("quantize", "--from", str(copied), *settings, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[name] = metrics(copied)["val_loss"]
+        assert not (copied / "quantize" / "smoothed").exists()
+    assert all(loss == pytest.approx(losses["one"], rel=1e-3) for loss in losses.values()), losses
