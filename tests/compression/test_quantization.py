@@ -12,7 +12,7 @@ from largeformer.compression.calibration import input_scales
 from largeformer.compression.description import JSON, TENSORS, Description, check_scales, read_description
 from largeformer.compression.linears import linears
 from largeformer.compression.names import Names
-from largeformer.compression.quantization import by_name, layer_errors, nearest_scales, quantized, with_input_scales
+from largeformer.compression.quantization import by_name, from_names, layer_errors, nearest_scales, quantized, with_input_scales
 from largeformer.compression.schemes import Given, Scheme, rounded
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
@@ -59,11 +59,14 @@ def calibrated(ranks: RankContext, recipe: Recipe, scheme: Scheme, observer: str
         before = logits()
         with quantized(scheme, scales, model.groups):
             inside = logits()
+        described = by_name(scales, names)
+        again = from_names(described, each, names)
+        assert all(torch.equal(again[linear].scale, given.scale) for linear, given in scales.items())
         return {
             "before": before,
             "inside": inside,
             "after": logits(),
-            "given": by_name(scales, names),
+            "given": described,
             "errors": {name: error.relative for name, error in errors.items()},
             "weights": gather_full(model.shards, lambda shard: shard.of(shard.parameter.detach())) if ranks.world_size == 1 else {},
         }

@@ -243,7 +243,10 @@ def test_a_gpt2_becomes_integers_in_onnx_alone(tmp_path: Path, capfd: pytest.Cap
     assert cli.main(["quantize", "-c", str(recipe), "quantize.scheme=w4a16", "quantize.group_size=32"]) == 2
     assert "quantize.scheme w4a16 cannot be exported for a model of this shape" in capfd.readouterr().err
     stages = "run.stages=[prepare, pretrain, quantize, export]"
-    assert cli.main(["run", "-c", str(recipe), stages, "export.formats=[hf, onnx]", "quality.tokens=256"]) == 0
+    quick = ["quantize.evaluation_tokens=256", "quality.tokens=256", "quality.shapes=[[1, 8]]", "quality.rounds=1"]
+    assert cli.main(["run", "-c", str(recipe), stages, "export.formats=[hf, onnx]", *quick]) == 0
+    found = metrics(tmp_path / "run")
+    assert found["quality"]["kl"] == pytest.approx(found["kl"], rel=1e-3) and found["kl"] > 0, "both are of the integers"
     formats = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())["metrics"]["formats"]
     assert formats["hf"]["parity"]["model"]["max_logit_difference"] < 1e-4
     assert formats["onnx"]["parity"]["model_int8"]["float_products"] == 0
