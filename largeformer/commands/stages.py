@@ -50,6 +50,21 @@ def prune(
     return exit_code(stage.run(recipe, source, fresh=fresh))
 
 
+def distill(
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    source: From = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
+) -> int:
+    """Train a smaller or pruned student on what a teacher says."""
+    recipe = load_for(source, config, overrides, dry_run, world_size)
+    from largeformer.stages import distill as stage
+
+    return exit_code(stage.run(recipe, source, fresh=fresh))
+
+
 def evaluate(
     config: MaybeConfig = None,
     overrides: Overrides = None,

@@ -17,7 +17,7 @@ from largeformer.errors import BadInputError
 if TYPE_CHECKING:
     from largeformer.config.schema import Recipe
 
-StageName = Literal["prepare", "pretrain", "prune", "quantize", "evaluate", "export"]
+StageName = Literal["prepare", "pretrain", "prune", "distill", "quantize", "evaluate", "export"]
 _S = TypeVar("_S", bound=Section)
 
 
@@ -75,10 +75,10 @@ def at_stage(recipe: Recipe, entry: StageEntry) -> Recipe:
                 f"run.stages gives {entry.name} the keys {', '.join(entry.settings)}: the stage {entry.stage} has none but name"
             )
         return recipe
-    section = _merged(section, entry.settings, entry.name)
+    section = merged(section, entry.settings, entry.name)
     update: dict[str, Any] = {entry.stage: section}
     if isinstance(section, TrainedSection):
-        update |= {part: _merged(getattr(recipe, part), getattr(section, part), f"{entry.name}.{part}") for part in ("train", "optimizer")}
+        update |= {part: merged(getattr(recipe, part), getattr(section, part), f"{entry.name}.{part}") for part in ("train", "optimizer")}
     return recipe.model_copy(update=update)
 
 
@@ -103,7 +103,8 @@ def chain_problems(recipe: Recipe) -> Iterator[str]:
             yield from error.problems
 
 
-def _merged(section: _S, changes: Mapping[str, Any], place: str) -> _S:
+def merged(section: _S, changes: Mapping[str, Any], place: str) -> _S:
+    """`section` with some keys otherwise. Raises BadInputError, with the place that gives them, where they do not fit."""
     if not changes:
         return section
     raw = {**section.model_dump(mode="json"), **changes}

@@ -11,6 +11,7 @@ from largeformer.config.augment import augment_problems
 from largeformer.config.batches import data_problems
 from largeformer.config.chain import chain_problems
 from largeformer.config.cleaning import cleaning_problems
+from largeformer.config.distill import distill_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.prune import prune_problems
 from largeformer.config.quantize import quantize_problems
@@ -36,6 +37,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *guards_problems(recipe.guards, recipe.checkpoint.save_interval),
         *data_problems(recipe),
         *tokenizer_problems(recipe.tokenizer),
+        *distill_problems(recipe),
         *quantize_problems(recipe.quantize),
         *chain_problems(recipe),
         *prune_problems(recipe.prune, recipe.train.train_iters),

@@ -14,6 +14,7 @@ from pydantic import Field
 from largeformer.config.chain import StageEntry, TrainedSection
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.distill import DistillConfig
 from largeformer.config.export import ExportConfig
 from largeformer.config.guards import GuardsConfig
 from largeformer.config.plan import PlanConfig
@@ -175,6 +176,7 @@ class Recipe(Section):
     guards: GuardsConfig = GuardsConfig()
     plan: PlanConfig = PlanConfig()
     prune: PruneConfig = PruneConfig()
+    distill: DistillConfig = DistillConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     export: ExportConfig = ExportConfig()
     quality: QualityConfig = QualityConfig()

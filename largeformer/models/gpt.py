@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from largeformer.config.schema import ModelConfig, ParallelConfig, Recipe, Train
 from largeformer.layout import stage_layers
 from largeformer.models.initialization import initialize
 from largeformer.models.layers import block_spec
-from largeformer.models.losses import HeadCrossEntropy
+from largeformer.models.losses import HeadLoss, TokenLoss
 from largeformer.models.shards import Shard, describe
 from largeformer.parallel.groups import ParallelGroups
 
@@ -26,14 +27,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
-    """The output projection. With labels it returns the summed loss instead, fused; see `HeadCrossEntropy`.
+    """The output projection. With labels it returns the summed loss instead, fused; see `HeadLoss`.
 
     `row_losses`: where it is a list, it takes the summed loss of each row of each micro batch in training, float32[b].
+    `next_loss`: gives the loss of the next micro batch in training, where that is not cross-entropy.
     """
 
     vocab_size: int
     loss_chunk_size: int
     row_losses: list[torch.Tensor] | None = None
+    next_loss: Callable[[], TokenLoss] | None = None
 
     def forward(
         self,
@@ -56,7 +59,7 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         rows = self.row_losses if self.training else None
         token_losses: list[torch.Tensor] | None = None if rows is None else []
-        loss = HeadCrossEntropy.apply(
+        loss = HeadLoss.apply(
             hidden.flatten(0, 1),
             self.weight if weight is None else weight,
             labels.t().flatten(),
@@ -66,6 +69,7 @@ class VocabularyHead(ColumnParallelLinear):  # type: ignore[misc]
             self.tp_group,
             torch.is_grad_enabled(),
             token_losses,
+            self.next_loss() if self.training and self.next_loss is not None else None,
         )
         if rows is not None and token_losses is not None:
             rows.append(torch.cat(token_losses).view(hidden.shape[:2]).sum(dim=0))

@@ -16,13 +16,14 @@ from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages import evaluate, export, prepare, pretrain, prune, quality, quantize
+from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
 from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
     "prepare": lambda recipe, entry, fresh: prepare.run_or_wait(recipe, fresh=fresh),
     "pretrain": lambda recipe, entry, fresh: pretrain.run(recipe, fresh=fresh),
     "prune": lambda recipe, entry, fresh: prune.run(recipe, fresh=True, entry=entry),
+    "distill": lambda recipe, entry, fresh: distill.run(recipe, fresh=True, entry=entry),
     "quantize": lambda recipe, entry, fresh: quantize.run(recipe, fresh=True, entry=entry),
     "evaluate": lambda recipe, entry, fresh: evaluate.run(recipe, again=False, entry=entry),
     "export": lambda recipe, entry, fresh: export.run(recipe, fresh=True, entry=entry),

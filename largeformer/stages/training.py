@@ -37,10 +37,12 @@ LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sen
 
 @dataclass(frozen=True)
 class Accompanied:
-    """The batches with what accompanies them, and what of it checkpoints must keep."""
+    """The batches with what accompanies them, and what of it checkpoints must keep. figures: further columns of the training row, alike on
+    every rank; collective."""
 
     data: BatchSource
     parts: dict[str, Stateful] = field(default_factory=dict)
+    figures: Callable[[], Mapping[str, float]] = dict
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class TrainingJob:
     """What a training stage does, and how it differs from pretraining.
 
     kind, folder, identity, parents (by the names that the manifest gives them): of the artifact that it ends with. start: a checkpoint
-    whose weights it begins with, with a fresh optimizer; None: initialised from the seed. alter: called with this rank's chunks and shards,
-    their weights loaded, before the engine takes them: masks, another loss, fake quantization. accompany: called with the engine and the
-    batches; what it returns is read in their place, so it sees each global batch before the step. measure: further figures for the
-    manifest, once training has ended.
+    whose weights it begins with, with a fresh optimizer; None: initialised from the seed. named: what a weight is called in there. extend:
+    gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to no model; what they hold. alter:
+    called with the chunks and the model's shards, their weights loaded, before the engine takes them: masks, another loss, fake
+    quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it sees each global batch
+    before the step. measure: further figures for the manifest, once training has ended.
     """
 
     kind: str
@@ -60,6 +63,8 @@ class TrainingJob:
     prepared: Artifact
     parents: Mapping[str, Artifact] = field(default_factory=dict)
     start: Path | None = None
+    named: Callable[[str], str] = str
+    extend: Callable[[Sequence[GPT]], Sequence[Shard]] = lambda chunks: ()
     alter: Callable[[Sequence[GPT], Sequence[Shard]], None] = lambda chunks, shards: None
     accompany: Callable[[Engine, BatchSource], Accompanied] = lambda engine, data: Accompanied(data)
     measure: Callable[[Training], dict[str, Any]] = lambda training: {}
@@ -122,10 +127,13 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training,
     found = _resume_from(checkpoints, recipe.checkpoint, world)
     checkpoint = found.checkpoint if found is not None else None
     chunks, shards = build_gpt(recipe, world.groups, world.device)
-    if (weights := checkpoint or job.start) is not None:
-        load_weights(weights, shards)
+    further = job.extend(chunks)
+    if checkpoint is not None:
+        load_weights(checkpoint, [*shards, *further])
+    elif job.start is not None:
+        load_weights(job.start, shards, job.named)
     job.alter(chunks, shards)
-    engine = build_engine(recipe, chunks, shards, world.groups, world.deepspeed)
+    engine = build_engine(recipe, chunks, [*shards, *further], world.groups, world.deepspeed)
     state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
     tracker = _tracker(recipe, world, job, state, found)
     guards = build_guards(
@@ -157,6 +165,7 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training,
         progress=state.progress,
         validation=state.validation,
         parts={"guards": guards, **feed.parts, **accompanied.parts},
+        figures=accompanied.figures,
     )
     state.restore(training.parts)
     return training, tracker

@@ -15,7 +15,7 @@ layout they are drawn anew from seed and step: tensor-parallel ranks must draw a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,9 +160,10 @@ def write_contents(folder: Path, contents: Contents, tensors: Iterable[tuple[str
     return written, problem
 
 
-def load_weights(checkpoint: Path, shards: Sequence[Shard]) -> None:
-    """Read the weights into the parameters. Collective, and before the engine is built."""
-    open_tensors(checkpoint, WEIGHTS).read(weight_blocks(shards))
+def load_weights(checkpoint: Path, shards: Sequence[Shard], named: Callable[[str], str] = str) -> None:
+    """Read the weights into the parameters. `named`: what a weight is called in the checkpoint. Collective, and before the engine is
+    built."""
+    open_tensors(checkpoint, WEIGHTS).read(replace(block, name=named(block.name)) for block in weight_blocks(shards))
 
 
 def load_training_state(checkpoint: Path, engine: Engine, seed: int = 0) -> TrainingState:

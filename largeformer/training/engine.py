@@ -103,13 +103,17 @@ class Engine:
         for chunk in self.chunks:
             chunk.train()
         tokens = self._valid_tokens(batches)
-        # DeepSpeed averages gradients over data-parallel ranks; the loss is a mean over all valid tokens of the global batch.
-        scale = self.groups.layout.data / max(tokens, 1)
+        scale = self._scale(tokens)
         loss_scale = self.loss_scale
         self._penalty.value = loss_scale / len(batches)
         loss_sum = self._pipeline_pass(batches, scale * loss_scale) if self._pipelined else self._plain_pass(batches, scale)
         dist.all_reduce(loss_sum, group=self.groups.data)
         return Accumulated(loss=loss_sum.item() / max(tokens, 1), tokens=tokens, loss_scale=loss_scale)
+
+    def backward_scale(self, batches: Sequence[Batch]) -> float:
+        """What the backward over these micro batches multiplies each summed loss by: what is added to gradients elsewhere must be too.
+        Collective."""
+        return self._scale(self._valid_tokens(batches)) * self.loss_scale
 
     def step(self, accumulated: Accumulated, lr: float) -> StepResult:
         """Clip and step. The step is skipped on every rank where the loss or a gradient of any rank is not finite."""
@@ -158,6 +162,10 @@ class Engine:
         for loss in losses:
             total += loss
         return self.groups.from_last_stage(total)
+
+    def _scale(self, tokens: int) -> float:
+        # DeepSpeed averages gradients over data-parallel ranks; the loss is a mean over all valid tokens of the global batch.
+        return self.groups.layout.data / max(tokens, 1)
 
     def _norm_without_zero(self) -> float:
         # DeepSpeed's own clipping counts the second copy of a tied embedding and reports no norm.

@@ -50,7 +50,8 @@ class Checkpointer(Protocol):
 @dataclass
 class Training:
     """A run, assembled: what `fit` works with. `parts` are kept in checkpoints, by name. Only `progress`, `validation` and `engine` change
-    as it goes on. `sample` continues the recipe's prompts: pairs of prompt and text."""
+    as it goes on. `sample` continues the recipe's prompts: pairs of prompt and text. `figures`: further columns
+    of the training row; collective."""
 
     train: TrainConfig
     engine: Engine
@@ -69,6 +70,7 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     validation: dict[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Stateful] = field(default_factory=dict)
+    figures: Callable[[], Mapping[str, float]] = dict
 
 
 def fit(run: Training) -> Outcome:
@@ -170,5 +172,5 @@ class _StopWatch:
             step_tokens=self._tokens / self._steps,
             memory_gib=run.engine.groups.largest(peak_memory_gib(run.device)),
         )
-        run.tracker.log(metrics.row(run.machine))
+        run.tracker.log({**metrics.row(run.machine), **run.figures()})
         self._steps, self._seconds, self._tokens = 0, 0.0, 0

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.evaluation.generation import generate, inference_recipe
-from largeformer.models.losses import HeadCrossEntropy
+from largeformer.models.losses import HeadLoss
 from largeformer.parallel.groups import ParallelGroups, create_groups, destroy_groups
 from tests.gpu.runs import assert_alike, engine_on, recipe_of, step, trained
 
@@ -92,7 +92,7 @@ def test_the_loss_never_holds_the_logits(device: torch.device) -> None:
 
     groups = _alone()
     with _Memory(device) as used:
-        ours = apart(HeadCrossEntropy.apply(hidden, weight, labels, counted, v, chunk, groups.tensor, True))
+        ours = apart(HeadLoss.apply(hidden, weight, labels, counted, v, chunk, groups.tensor, True))
     destroy_groups()
     logits = hidden.float() @ weight.float().t()
     theirs = apart((F.cross_entropy(logits, labels, reduction="none") * counted).sum())

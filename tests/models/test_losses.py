@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from largeformer.models.losses import HeadCrossEntropy
+from largeformer.models.losses import HeadLoss
 from largeformer.parallel.groups import join_world
 from tests.distributed import RankContext, RankPool
 from tests.one_process import relative_difference
@@ -57,7 +57,7 @@ def fused(ranks: RankContext, vocab_size: int, padded: int, chunk: int, scale: f
     share = padded // ranks.world_size
     mine = weight[ranks.rank * share : (ranks.rank + 1) * share].clone().requires_grad_()
     hidden.requires_grad_()
-    loss = HeadCrossEntropy.apply(hidden, mine, labels, token_weights, vocab_size, chunk, dist.group.WORLD, True)
+    loss = HeadLoss.apply(hidden, mine, labels, token_weights, vocab_size, chunk, dist.group.WORLD, True)
     (loss * scale).backward()
     dist.all_reduce(hidden.grad)  # what `copy_to_tensor_model_parallel_region` does in the model
     assert hidden.grad is not None and mine.grad is not None
@@ -99,7 +99,7 @@ def test_frozen_inputs_get_no_gradient(alone: RankContext) -> None:
     hidden, weight, labels, token_weights = inputs(40, 40)
     _, _, d_weight = reference(40, 40, 1.0)
     weight.requires_grad_()
-    HeadCrossEntropy.apply(hidden, weight, labels, token_weights, 40, 8, dist.group.WORLD, True).backward()
+    HeadLoss.apply(hidden, weight, labels, token_weights, 40, 8, dist.group.WORLD, True).backward()
     assert hidden.grad is None
     assert weight.grad is not None and relative_difference(weight.grad, d_weight) < 1e-6
 
@@ -109,7 +109,7 @@ def test_bf16_sums_in_fp32(alone: RankContext) -> None:
     hidden, weight, labels, token_weights = inputs(40, 40, torch.bfloat16)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = HeadCrossEntropy.apply(hidden, weight, labels, token_weights, 40, 1, dist.group.WORLD, True)
+    loss = HeadLoss.apply(hidden, weight, labels, token_weights, 40, 1, dist.group.WORLD, True)
     loss.backward()
     expected, d_hidden, d_weight = reference(40, 40, 1.0, torch.bfloat16)
     assert loss.dtype == torch.float32 and math.isclose(loss.item(), expected.item(), rel_tol=3e-3)

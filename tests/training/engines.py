@@ -18,7 +18,7 @@ import torch
 from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
 from largeformer.config.schema import Recipe
 from largeformer.models.gather import gather_full
-from largeformer.models.gpt import build_gpt
+from largeformer.models.gpt import GPT, build_gpt
 from largeformer.models.shards import Shard
 from largeformer.parallel.batch import Batch
 from largeformer.parallel.device import prepare_device, seed_ranks
@@ -83,9 +83,15 @@ class Bench:
         return self.gathered(self.engine.state.gradient)
 
 
+Alter = Callable[[list[GPT], list[Shard], ParallelGroups], Sequence[Shard]]
+
+
 @contextlib.contextmanager
-def bench_of(ranks: RankContext, recipe: Recipe, weights_from: Path | None = None) -> Iterator[Bench]:
-    """The engine of `recipe` on all ranks, once in a case; its weights are initial, or those of a checkpoint."""
+def bench_of(
+    ranks: RankContext, recipe: Recipe, weights_from: Path | None = None, alter: Alter = lambda chunks, shards, groups: ()
+) -> Iterator[Bench]:
+    """The engine of `recipe` on all ranks, once in a case; its weights are initial, or those of a checkpoint. `alter`: what is done to
+    chunks and shards before the engine takes them; returns what is trained along."""
     # Garbage is collected at the end of every layout. What is alive before a case are libraries: to look through them costs 0.3 s.
     # An engine that has just been let go must go first: what is frozen is never collected.
     gc.collect()
@@ -97,6 +103,7 @@ def bench_of(ranks: RankContext, recipe: Recipe, weights_from: Path | None = Non
     chunks, shards = build_gpt(recipe, groups, device)
     if weights_from is not None:
         load_weights(weights_from, shards)
+    shards = [*shards, *alter(chunks, shards, groups)]
     deepspeed = resolve_deepspeed(recipe, load_deepspeed(recipe), ranks.world_size)
     engine = build_engine(recipe, chunks, shards, groups, deepspeed)
     try:

@@ -1,0 +1,168 @@
+"""`distill`: a student trained on what a teacher says, in `<output_dir>/<stage name>/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largeformer.artifact import Artifact, identity_hash
+from largeformer.config.chain import StageEntry, at_stage, entry_named
+from largeformer.config.schema import Recipe
+from largeformer.config.size import model_parameters
+from largeformer.errors import StageFailed
+from largeformer.stages import interruptions, prepare
+from largeformer.stages.inputs import claim_derived
+from largeformer.stages.pupils import Lesson, lesson_of
+from largeformer.stages.training import Accompanied, TrainingJob, train
+from largeformer.stages.weights import load_model
+from largeformer.stages.world import World, check_world, enter_world, reporting
+
+if TYPE_CHECKING:
+    from largeformer.compression.hidden import HiddenMatching
+    from largeformer.compression.teacher import Teacher
+    from largeformer.models.gpt import GPT
+    from largeformer.models.shards import Shard
+    from largeformer.parallel.batch import Batch
+    from largeformer.training.engine import Engine
+    from largeformer.training.trainer import BatchSource, Training
+
+STAGE = "distill"
+
+
+def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+    """Train the student. `source`: a run, a stage or a checkpoint that it comes from, by default the stage before. Returns the artifact,
+    or None where `exit_iteration` came before the end. Raises BadInputError, StopRequested where a signal or the clock stopped it, and
+    StageFailed where a pruned weight came back."""
+    entry = entry or entry_named(recipe, STAGE)
+    as_set = at_stage(recipe, entry)
+    check_world(as_set)
+    cut_short = interruptions.cut_short(recipe)
+    prepared = prepare.run_or_wait(recipe)
+    with reporting(recipe, entry.name) as report, enter_world(as_set) as world:
+        lesson = lesson_of(recipe, entry, source, prepared)
+        artifact = world.from_main(lambda: claim_derived(lesson.given, lesson.origin(), fresh=fresh))
+        if artifact is None:
+            artifact = train(lesson.given.recipe, world, _job(lesson, world, prepared), cut_short)
+        if artifact is None:
+            report("requeue")
+    return artifact
+
+
+def _job(lesson: Lesson, world: World, prepared: Artifact) -> TrainingJob:
+    given = lesson.given
+    parents = {name: artifact for name, artifact in given.parents.items() if name != prepared.kind}
+    if lesson.taught_by is not None:
+        parents["teacher"] = lesson.taught_by
+    course = _Course(lesson, world)
+    return TrainingJob(
+        STAGE,
+        given.folder,
+        identity_hash(lesson.origin()),
+        prepared,
+        parents,
+        start=lesson.start,
+        named=lesson.named,
+        extend=course.extend,
+        alter=course.alter,
+        accompany=course.accompany,
+        measure=course.measure,
+    )
+
+
+class _Course:
+    """The teacher, and what it does to each student that is assembled: one, or one more after each rewind."""
+
+    def __init__(self, lesson: Lesson, world: World) -> None:
+        from largeformer.compression.figures import Figures
+        from largeformer.compression.hidden import layers_here
+        from largeformer.compression.teacher import Teacher
+
+        self._lesson, self._world, self._groups = lesson, world, world.groups
+        self._settings, recipe = lesson.given.recipe.distill, lesson.given.recipe
+        chunks = load_model(lesson.teacher, world, lesson.teacher_source.checkpoint)
+        here = layers_here(chunks, world.groups)
+        self._teacher: Teacher = Teacher(chunks, world.groups, {own: here[theirs] for own, theirs in lesson.pairs if theirs in here})
+        hidden = ("hidden_loss",) if lesson.pairs else ()
+        self._figures = Figures(("kd_loss", "ce_loss", *hidden), world.groups, hidden if recipe.parallel.sequence_parallel else ())
+        self._matching: HiddenMatching | None = None
+        self._shards: Sequence[Shard] = ()
+
+    def extend(self, chunks: Sequence[GPT]) -> list[Shard]:
+        from largeformer.compression.hidden import add_projections
+
+        recipe = self._lesson.given.recipe
+        return add_projections(chunks, self._lesson.pairs, self._lesson.teacher.model.hidden_size, self._groups, recipe.run.seed)
+
+    def alter(self, chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
+        from largeformer.compression.distillation import DistillationLoss
+        from largeformer.compression.hidden import HiddenMatching
+        from largeformer.training.masks import hold_zeros
+
+        settings, lesson, self._shards = self._settings, self._lesson, shards
+        if lesson.start is not None:
+            hold_zeros(lesson.start, shards, lesson.named)
+        self._teacher.accompany(chunks)
+        if self._groups.is_last_stage:
+            loss = DistillationLoss(settings, lambda: self._teacher.answer(settings.temperature), self._figures)
+            chunks[-1].output_layer.next_loss = loss.next
+        if settings.hidden is not None:
+            self._matching = HiddenMatching(settings.hidden, lesson.pairs, chunks, self._teacher.states, self._groups, self._figures)
+
+    def accompany(self, engine: Engine, data: BatchSource) -> Accompanied:
+        return Accompanied(_Taught(data, lambda batches: self._begin(engine, batches)), figures=self._figures.means)
+
+    def _begin(self, engine: Engine, batches: Sequence[Batch]) -> list[Batch]:
+        here = [batch.to(self._world.device) for batch in batches]
+        self._figures.begin()
+        if self._matching is not None:
+            self._matching.scale.value = engine.backward_scale(here)
+        self._teacher.begin(here)
+        return here
+
+    def measure(self, training: Training) -> dict[str, Any]:
+        recipe, teacher = self._lesson.given.recipe, self._lesson.teacher
+        settings = self._settings
+        return {
+            **self._figures.means(),
+            "temperature": settings.temperature,
+            "alpha": settings.alpha,
+            "divergence": settings.divergence,
+            "student_init": settings.student.init,
+            "parameters": model_parameters(recipe.model, recipe.tokenizer.vocab_size),
+            "teacher_parameters": model_parameters(teacher.model, teacher.tokenizer.vocab_size),
+            **self._sparsity(),
+        }
+
+    def _sparsity(self) -> Mapping[str, Any]:
+        """Nothing where the student was not sparse. Raises StageFailed where a weight that was 0 is not."""
+        from largeformer.checkpoint.commit import newest
+        from largeformer.training.masks import zeros_kept
+
+        lesson = self._lesson
+        if lesson.start is None:
+            return {}
+        last = self._world.from_main(lambda: newest(lesson.given.folder / "checkpoints"))
+        assert last is not None, "training has saved its last step"
+        kept = zeros_kept(lesson.start, last, self._shards, lesson.named)
+        if kept.lost:
+            raise StageFailed([f"{kept.lost:,} of {kept.zeros:,} weights that were 0 before {lesson.given.entry.name} are not 0 in {last}"])
+        if not kept.zeros:
+            return {}
+        made_by = lesson.given.made_by
+        before = made_by.metrics.get("sparsity") if made_by is not None else None
+        return {"sparsity": {**(before if isinstance(before, dict) else {}), "overall": kept.sparsity}, "zeros_held": kept.zeros}
+
+
+class _Taught:
+    """A `BatchSource` whose batches go past the teacher."""
+
+    def __init__(self, batches: BatchSource, begin: Callable[[Sequence[Batch]], list[Batch]]) -> None:
+        self._batches, self._begin = batches, begin
+
+    @property
+    def consumed_samples(self) -> int:
+        return self._batches.consumed_samples
+
+    def next(self) -> list[Batch]:
+        return self._begin(self._batches.next())

@@ -1,0 +1,223 @@
+"""Who learns from whom: teacher and student of a `distill` stage, found and checked before any work.
+
+The student trains on the run's own prepared text; both must read it by the same tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largeformer.artifact import Artifact
+from largeformer.config.chain import StageEntry, at_stage, merged
+from largeformer.config.checks import recipe_problems
+from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
+from largeformer.layout import stage_layers
+from largeformer.stages.inputs import Input, input_of
+from largeformer.stages.weights import Source, find_source, shaped_like
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """given: the student's recipe and its parents. teacher: its recipe, shaped like its checkpoint, and where that is. start: the
+    checkpoint that the student's weights come from, None where they are new; named: what a weight is called in there. pairs: the layers
+    whose hidden states are compared, the student's first."""
+
+    given: Input
+    teacher: Recipe
+    teacher_source: Source
+    taught_by: Artifact | None
+    start: Path | None
+    named: Callable[[str], str]
+    pairs: tuple[tuple[int, int], ...]
+
+    def origin(self) -> dict[str, Any]:
+        """What makes the result what it is."""
+        further = {"teacher": self.taught_by} if self.taught_by is not None else {}
+        whole = self.given.recipe.identity("pretrain")
+        about = {key: whole[key] for key in ("model", "tokenizer", "data")}
+        return {**self.given.origin(**further), "teacher_checkpoint": self.teacher_source.checkpoint.name, **about}
+
+
+def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: Artifact) -> Lesson:
+    """Collective. Raises BadInputError with everything that stands against it."""
+    own = at_stage(recipe, entry)
+    taught_from = find_source(own, _teacher_folder(own))
+    teacher = _teacher_recipe(own, taught_from)
+    taught_by = Artifact.read(taught_from.checkpoint.parent.parent)
+    init = own.distill.student.init
+    folder = Path(own.run.output_dir) / entry.name
+    named: Callable[[str], str] = str
+    start: Path | None
+    if init == "previous":
+        found = input_of(recipe, entry, source)
+        start = found.source.checkpoint
+        if start.resolve() == taught_from.checkpoint.resolve():
+            raise BadInputError(
+                f"the student would be the teacher itself, {start}: put a stage that changes it before {entry.name} in run.stages, or set "
+                "distill.student.init to teacher_layers or scratch"
+            )
+        student, made_by = found.recipe, found.made_by
+        tokenizers = {"the student": found.source.prepared, "the teacher": taught_from.prepared}
+        student_source = found.source
+    else:
+        student, layers = _new_student(own, teacher)
+        start = taught_from.checkpoint if init == "teacher_layers" else None
+        named = _layer_names(layers)
+        made_by, student_source, tokenizers = taught_by, taught_from, {"the teacher": taught_from.prepared}
+    _check_vocabulary(own, student, teacher, tokenizers, prepared)
+    # Text and tokenizer are the run's own, whatever the checkpoint was trained on.
+    student = student.model_copy(update={"tokenizer": own.tokenizer, "data": own.data})
+    teacher = _beside(teacher, student)
+    given = Input(student, entry, Source(student_source.checkpoint, prepared), made_by, folder)
+    return Lesson(given, teacher, taught_from, taught_by, start, named, _pairs(student, teacher))
+
+
+def _teacher_folder(recipe: Recipe) -> Path:
+    """Where the section names the teacher: a stage of this run, or a path; by default the run itself, and of it what was trained first."""
+    run, name = Path(recipe.run.output_dir), recipe.distill.teacher
+    if name is None:
+        return run
+    stage = run / name
+    folder = stage if (stage / "checkpoints").is_dir() else Path(name)
+    if not folder.exists():
+        raise BadInputError(
+            f"distill.teacher {name} is neither a stage of {run} that has left checkpoints nor a folder: name a run, a stage or a "
+            "checkpoint"
+        )
+    return folder
+
+
+def _teacher_recipe(recipe: Recipe, source: Source) -> Recipe:
+    try:
+        return shaped_like(recipe, source.checkpoint)
+    except BadInputError as error:
+        raise BadInputError([f"the teacher {source.checkpoint}: {problem}" for problem in error.problems]) from None
+
+
+def _beside(teacher: Recipe, student: Recipe) -> Recipe:
+    """The teacher as it is built next to this student: its vocabulary padded alike, so that ranks share it alike. Raises BadInputError
+    where its positions end before the student's."""
+    own, theirs = student.model, teacher.model
+    if theirs.position_embedding == "learned" and theirs.seq_length < own.seq_length:
+        raise BadInputError(
+            f"the teacher has learned positions for model.seq_length {theirs.seq_length}, and the student reads {own.seq_length}: give the "
+            "student a shorter model.seq_length"
+        )
+    model = theirs.model_copy(update={"make_vocab_size_divisible_by": own.make_vocab_size_divisible_by})
+    return student.model_copy(update={"model": model})
+
+
+def _new_student(recipe: Recipe, teacher: Recipe) -> tuple[Recipe, Sequence[int]]:
+    """A student that no stage has made, and which of the teacher's layers it has; none where it is new. Raises BadInputError."""
+    settings = recipe.distill.student
+    layers: Sequence[int] = ()
+    if settings.init == "scratch":
+        model = merged(recipe.model, settings.model, "distill.student.model")
+    else:
+        layers = _chosen_layers(recipe, teacher.model.num_layers)
+        model = teacher.model.model_copy(update={"num_layers": len(layers)})
+    student = recipe.model_copy(update={"model": model})
+    if problems := recipe_problems(student):
+        raise BadInputError([f"the student: {problem}" for problem in problems])
+    return student, layers
+
+
+def _chosen_layers(recipe: Recipe, there: int) -> Sequence[int]:
+    settings = recipe.distill.student
+    wanted = settings.model.get("num_layers", len(settings.layers) if settings.layers is not None else recipe.model.num_layers)
+    if not isinstance(wanted, int) or wanted < 1:
+        raise BadInputError(f"distill.student.model.num_layers {wanted!r} is not a number of layers: give an integer above 0")
+    if wanted > there:
+        raise BadInputError(
+            f"the student has {wanted} layers (num_layers) and the teacher {there}: it cannot have more than those it is made of"
+        )
+    if settings.layers is None:
+        return [round(i * (there - 1) / (wanted - 1)) for i in range(wanted)] if wanted > 1 else [0]
+    if len(settings.layers) != wanted or list(settings.layers) != sorted(set(settings.layers)) or settings.layers[-1] >= there:
+        raise BadInputError(
+            f"distill.student.layers {list(settings.layers)} must be {wanted} different ones of the teacher's layers 0 to {there - 1}, in order"
+        )
+    return settings.layers
+
+
+def _layer_names(layers: Sequence[int]) -> Callable[[str], str]:
+    """The teacher's name of a student's weight."""
+
+    def named(key: str) -> str:
+        prefix, decoder, rest = key.partition("decoder.layers.")
+        number, _, name = rest.partition(".")
+        return f"{prefix}{decoder}{layers[int(number)]}.{name}" if decoder and layers else key
+
+    return named
+
+
+def _check_vocabulary(own: Recipe, student: Recipe, teacher: Recipe, others: dict[str, Artifact], prepared: Artifact) -> None:
+    sizes = {"this run": own, "the student": student, "the teacher": teacher}
+    by_size = {who: recipe.tokenizer.vocab_size for who, recipe in sizes.items()}
+    problems = [
+        f"{who} has a vocabulary of {size} ids (tokenizer.vocab_size) and the teacher one of {by_size['the teacher']}: distillation "
+        "compares them id by id, so both must have the same tokenizer"
+        for who, size in by_size.items()
+        if size != by_size["the teacher"]
+    ]
+    ours = prepared.metrics.get("tokenizer_sha256")
+    problems += [
+        f"{who} reads by another tokenizer ({theirs}) than this run's text was cut by ({ours}): prepare this run with that one "
+        "(tokenizer.model), or choose another teacher"
+        for who, artifact in others.items()
+        if (theirs := artifact.metrics.get("tokenizer_sha256")) != ours and None not in (theirs, ours)
+    ]
+    if problems:
+        raise BadInputError(problems)
+
+
+def _pairs(student: Recipe, teacher: Recipe) -> tuple[tuple[int, int], ...]:
+    """Raises BadInputError where a layer is not there, or the two of a pair lie on different pipeline stages."""
+    hidden = student.distill.hidden
+    if hidden is None:
+        return ()
+    own, theirs = student.model.num_layers, teacher.model.num_layers
+    even = tuple((i, max(round((i + 1) * theirs / own) - 1, 0)) for i in range(own))
+    pairs = even if hidden.layers is None else hidden.layers
+    if problems := list(_pair_problems(pairs, student, teacher)):
+        raise BadInputError(problems)
+    return pairs
+
+
+def _pair_problems(pairs: Sequence[tuple[int, int]], student: Recipe, teacher: Recipe) -> Iterator[str]:
+    if len({own for own, _ in pairs}) != len(pairs) or not pairs:
+        yield f"distill.hidden.layers {_shown(pairs)} must give each of some layers of the student one of the teacher's, once"
+    homes = [_homes(recipe) for recipe in (student, teacher)]
+    for pair in pairs:
+        for number, home, who in zip(pair, homes, ("student", "teacher"), strict=True):
+            if number not in home:
+                yield f"distill.hidden.layers {list(pair)}: the {who} has the layers 0 to {len(home) - 1}"
+    apart = [
+        pair for pair in pairs if all(n in home for n, home in zip(pair, homes, strict=True)) and homes[0][pair[0]] != homes[1][pair[1]]
+    ]
+    if apart:
+        yield (
+            f"distill.hidden.layers {_shown(apart)}: the two layers of a pair must lie on the same of "
+            f"parallel.pipeline_model_parallel_size {student.parallel.pipeline_model_parallel_size} stages: pair others, or use fewer stages"
+        )
+
+
+def _homes(recipe: Recipe) -> dict[int, int]:
+    """Layer -> pipeline stage."""
+    p = recipe.parallel
+    stages = stage_layers(
+        recipe.model.num_layers,
+        p.pipeline_model_parallel_size,
+        p.virtual_pipeline_model_parallel_size or 1,
+        p.num_layers_in_first_pipeline_stage,
+        p.num_layers_in_last_pipeline_stage,
+    )
+    return {layer: stage for stage, chunks in enumerate(stages) for chunk in chunks for layer in chunk}
+
+
+def _shown(pairs: Sequence[tuple[int, int]]) -> str:
+    return str([list(pair) for pair in pairs])
