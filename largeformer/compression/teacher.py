@@ -27,11 +27,13 @@ _LAST = -1
 class Teacher:
     """chunks: this rank's, with their weights, which are frozen here; they lose their heads: only `answer` knows what they say.
 
-    keeps: by a student's layer, the module whose output is kept for it; each of this rank's chunks.
+    temperature: of its answers. keeps: by a student's layer, the module whose output is kept for it.
     """
 
-    def __init__(self, chunks: Sequence[GPT], groups: ParallelGroups, keeps: Mapping[int, torch.nn.Module] | None = None) -> None:
-        self._chunks, self._groups = chunks, groups
+    def __init__(
+        self, chunks: Sequence[GPT], groups: ParallelGroups, temperature: float, keeps: Mapping[int, torch.nn.Module] | None = None
+    ) -> None:
+        self._chunks, self._groups, self._temperature = chunks, groups, temperature
         self._waiting: dict[int, deque[torch.Tensor]] = {}
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
@@ -64,12 +66,12 @@ class Teacher:
         for batch in batches:
             forward_loss(self._chunks[0], batch)
 
-    def answer(self, temperature: float) -> LiveAnswer:
+    def answer(self) -> LiveAnswer:
         """What it says of the next micro batch; on the last pipeline stage."""
         hidden = self.states(_LAST)
         if self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self._groups.tensor)
-        return LiveAnswer(hidden.flatten(0, 1), self._weight.detach(), temperature)
+        return LiveAnswer(hidden.flatten(0, 1), self._weight.detach(), self._temperature)
 
     def states(self, layer: int) -> torch.Tensor:
         """The next micro batch's hidden states, [s (or s / t), b, h], that were kept for the student's `layer`."""

@@ -82,6 +82,8 @@ def distill_problems(recipe: Recipe) -> Iterator[str]:
             f"distill.student.model.{others[0]} cannot differ from the teacher's, whose layers the student has (distill.student.init "
             "teacher_layers): only num_layers can; distill.student.init scratch takes any shape"
         )
+    if section.offline is not None and recipe.data.sampling.type == "loss":
+        yield "distill.offline needs the order of samples beforehand, and data.sampling.type loss makes it as it goes: use another of them"
     if section.hidden is None:
         return
     if section.offline is not None:

@@ -13,12 +13,13 @@ from largeformer.config.size import model_parameters
 from largeformer.errors import StageFailed
 from largeformer.stages import interruptions, prepare
 from largeformer.stages.inputs import claim_derived
+from largeformer.stages.lessons import live_teacher, written_answers
 from largeformer.stages.pupils import Lesson, lesson_of
 from largeformer.stages.training import Accompanied, TrainingJob, train
-from largeformer.stages.weights import load_model
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
+    from largeformer.compression.answers import AnswerReader
     from largeformer.compression.hidden import HiddenMatching
     from largeformer.compression.teacher import Teacher
     from largeformer.models.gpt import GPT
@@ -75,14 +76,11 @@ class _Course:
 
     def __init__(self, lesson: Lesson, world: World) -> None:
         from largeformer.compression.figures import Figures
-        from largeformer.compression.hidden import layers_here
-        from largeformer.compression.teacher import Teacher
 
         self._lesson, self._world, self._groups = lesson, world, world.groups
         self._settings, recipe = lesson.given.recipe.distill, lesson.given.recipe
-        chunks = load_model(lesson.teacher, world, lesson.teacher_source.checkpoint)
-        here = layers_here(chunks, world.groups)
-        self._teacher: Teacher = Teacher(chunks, world.groups, {own: here[theirs] for own, theirs in lesson.pairs if theirs in here})
+        offline = self._settings.offline is not None
+        self._teacher: Teacher | AnswerReader = written_answers(lesson, world) if offline else live_teacher(lesson, world)
         hidden = ("hidden_loss",) if lesson.pairs else ()
         self._figures = Figures(("kd_loss", "ce_loss", *hidden), world.groups, hidden if recipe.parallel.sequence_parallel else ())
         self._matching: HiddenMatching | None = None
@@ -97,6 +95,7 @@ class _Course:
     def alter(self, chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
         from largeformer.compression.distillation import DistillationLoss
         from largeformer.compression.hidden import HiddenMatching
+        from largeformer.compression.teacher import Teacher
         from largeformer.training.masks import hold_zeros
 
         settings, lesson, self._shards = self._settings, self._lesson, shards
@@ -104,9 +103,9 @@ class _Course:
             hold_zeros(lesson.start, shards, lesson.named)
         self._teacher.accompany(chunks)
         if self._groups.is_last_stage:
-            loss = DistillationLoss(settings, lambda: self._teacher.answer(settings.temperature), self._figures)
-            chunks[-1].output_layer.next_loss = loss.next
+            chunks[-1].output_layer.next_loss = DistillationLoss(settings, self._teacher.answer, self._figures).next
         if settings.hidden is not None:
+            assert isinstance(self._teacher, Teacher), "what is written down holds no hidden states"
             self._matching = HiddenMatching(settings.hidden, lesson.pairs, chunks, self._teacher.states, self._groups, self._figures)
 
     def accompany(self, engine: Engine, data: BatchSource) -> Accompanied:

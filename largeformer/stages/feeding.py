@@ -13,7 +13,9 @@ from largeformer.stages import prepare
 from largeformer.stages.world import World
 
 if TYPE_CHECKING:
-    from largeformer.data.splits import SourceDraws, Splits
+    from largeformer.data.loader import Reading
+    from largeformer.data.splits import Samples, SourceDraws, Splits
+    from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer
     from largeformer.evaluation.perplexity import LossTotal
     from largeformer.models.gpt import GPT
     from largeformer.training.checkpointing import Stateful
@@ -34,52 +36,86 @@ class Feed:
 
 def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog) -> Feed:
     """Open the prepared data. Collective."""
-    from largeformer.data.augmentation.permutation import training_samples
-    from largeformer.data.indexed import check_tokenizer
-    from largeformer.data.loader import Batches, Reading, SourceBatches, fixed_batches
-    from largeformer.data.packing import Packing
+    from largeformer.data.loader import SourceBatches, fixed_batches
     from largeformer.data.ramp import BatchSizes
     from largeformer.data.splits import SourceDraws
     from largeformer.evaluation.perplexity import evaluate
     from largeformer.training.source_losses import FollowedBatches
 
-    train, at = recipe.train, world.groups.coordinates
-    tokenizer = prepare.open_tokenizer(recipe, prepared.path)
-    check_tokenizer(tokenizer.unique_identifiers, prepared.metrics, prepared.path)
-    sizes = BatchSizes(train)
-    splits = _splits(recipe, prepared)
-    training, validation = splits.train, splits.valid
+    train, text = recipe.train, _open(recipe, world, prepared)
+    training, validation = text.splits.train, text.splits.valid
     assert training is not None and validation is not None, "samples of both were asked for"
-    packing = Packing.of(recipe.data, tokenizer.eod)
-    reading = Reading(train.micro_batch_size, at.data, world.groups.layout.data, packing, world.device, recipe.data.num_workers)
 
     def validate() -> LossTotal:
-        held_out = fixed_batches(validation, train.eval_iters, train.global_batch_size, reading)
-        return evaluate(chunks, watchdog.following(held_out, "a batch of the validation"), world.groups, tokenizer.piece_bytes)
+        held_out = fixed_batches(validation, train.eval_iters, train.global_batch_size, text.reading)
+        return evaluate(chunks, watchdog.following(held_out, "a batch of the validation"), world.groups, text.tokenizer.piece_bytes)
 
     if isinstance(training, SourceDraws):
-        follower = _follower(recipe, world, training, chunks)
+        follower, sizes = _follower(recipe, world, training, chunks), BatchSizes(train)
         return Feed(
-            lambda sample: FollowedBatches(SourceBatches(training, follower.order, sizes.at, reading, sample), follower),
+            lambda sample: FollowedBatches(SourceBatches(training, follower.order, sizes.at, text.reading, sample), follower),
             validate,
             {"sampling": follower},
         )
-    varied = training_samples(training, recipe.data.augment, tokenizer, recipe.run.seed)
-    return Feed(lambda sample: Batches(varied, sizes.at, reading, sample), validate)
+    return Feed(_batches_of(recipe, training, text), validate)
 
 
-def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
+def training_batches(recipe: Recipe, world: World, prepared: Artifact) -> Callable[[int], BatchSource]:
+    """The training batches from a sample on, without what accompanies training; their order may not depend on losses. Collective."""
+    text = _open(recipe, world, prepared)
+    assert text.splits.train is not None, "samples of it were asked for"
+    return _batches_of(recipe, text.splits.train, text)
+
+
+def samples_to_train_on(recipe: Recipe) -> int:
+    """How many samples a run may come to read: its own, and those that take the place of what is left out."""
     from largeformer.data.ramp import BatchSizes
-    from largeformer.data.splits import build_splits
 
     train = recipe.train
     spare = recipe.guards.rewind_steps * train.global_batch_size if recipe.guards.rewinds else 0
+    return BatchSizes(train).samples_after(train.train_iters) + spare
+
+
+@dataclass(frozen=True)
+class _Text:
+    tokenizer: Tokenizer | MockTokenizer
+    splits: Splits
+    reading: Reading
+
+
+def _open(recipe: Recipe, world: World, prepared: Artifact) -> _Text:
+    from largeformer.data.indexed import check_tokenizer
+    from largeformer.data.loader import Reading
+    from largeformer.data.packing import Packing
+
+    at, layout = world.groups.coordinates, world.groups.layout
+    tokenizer = prepare.open_tokenizer(recipe, prepared.path)
+    check_tokenizer(tokenizer.unique_identifiers, prepared.metrics, prepared.path)
+    packing = Packing.of(recipe.data, tokenizer.eod)
+    reading = Reading(recipe.train.micro_batch_size, at.data, layout.data, packing, world.device, recipe.data.num_workers)
+    return _Text(tokenizer, _splits(recipe, prepared), reading)
+
+
+def _batches_of(recipe: Recipe, training: Samples, text: _Text) -> Callable[[int], BatchSource]:
+    from largeformer.data.augmentation.permutation import training_samples
+    from largeformer.data.loader import Batches
+    from largeformer.data.ramp import BatchSizes
+
+    sizes = BatchSizes(recipe.train)
+    varied = training_samples(training, recipe.data.augment, text.tokenizer, recipe.run.seed)
+    return lambda sample: Batches(varied, sizes.at, text.reading, sample)
+
+
+def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
+    from largeformer.data.splits import build_splits
+
+    train = recipe.train
     return build_splits(
         recipe.data,
         recipe.model.seq_length,
         prepare.open_tokenizer(recipe, prepared.path),
         prepare.prefixes(recipe, prepared.path),
-        (BatchSizes(train).samples_after(train.train_iters) + spare, train.eval_iters * train.global_batch_size, 0),
+        (samples_to_train_on(recipe), train.eval_iters * train.global_batch_size, 0),
         recipe.run.seed,
         prepared.path / "cache",
     )

@@ -73,7 +73,7 @@ def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: 
     student = student.model_copy(update={"tokenizer": own.tokenizer, "data": own.data})
     teacher = _beside(teacher, student)
     given = Input(student, entry, Source(student_source.checkpoint, prepared), made_by, folder)
-    return Lesson(given, teacher, taught_from, taught_by, start, named, _pairs(student, teacher))
+    return Lesson(given, teacher, taught_from, taught_by, start, named, pairs_of(student, teacher))
 
 
 def _teacher_folder(recipe: Recipe) -> Path:
@@ -118,7 +118,7 @@ def _new_student(recipe: Recipe, teacher: Recipe) -> tuple[Recipe, Sequence[int]
     if settings.init == "scratch":
         model = merged(recipe.model, settings.model, "distill.student.model")
     else:
-        layers = _chosen_layers(recipe, teacher.model.num_layers)
+        layers = chosen_layers(recipe, teacher.model.num_layers)
         model = teacher.model.model_copy(update={"num_layers": len(layers)})
     student = recipe.model_copy(update={"model": model})
     if problems := recipe_problems(student):
@@ -126,7 +126,7 @@ def _new_student(recipe: Recipe, teacher: Recipe) -> tuple[Recipe, Sequence[int]
     return student, layers
 
 
-def _chosen_layers(recipe: Recipe, there: int) -> Sequence[int]:
+def chosen_layers(recipe: Recipe, there: int) -> Sequence[int]:
     settings = recipe.distill.student
     wanted = settings.model.get("num_layers", len(settings.layers) if settings.layers is not None else recipe.model.num_layers)
     if not isinstance(wanted, int) or wanted < 1:
@@ -139,7 +139,8 @@ def _chosen_layers(recipe: Recipe, there: int) -> Sequence[int]:
         return [round(i * (there - 1) / (wanted - 1)) for i in range(wanted)] if wanted > 1 else [0]
     if len(settings.layers) != wanted or list(settings.layers) != sorted(set(settings.layers)) or settings.layers[-1] >= there:
         raise BadInputError(
-            f"distill.student.layers {list(settings.layers)} must be {wanted} different ones of the teacher's layers 0 to {there - 1}, in order"
+            f"distill.student.layers {list(settings.layers)} must be {wanted} different ones of the teacher's layers 0 to {there - 1}, in "
+            "order"
         )
     return settings.layers
 
@@ -175,7 +176,7 @@ def _check_vocabulary(own: Recipe, student: Recipe, teacher: Recipe, others: dic
         raise BadInputError(problems)
 
 
-def _pairs(student: Recipe, teacher: Recipe) -> tuple[tuple[int, int], ...]:
+def pairs_of(student: Recipe, teacher: Recipe) -> tuple[tuple[int, int], ...]:
     """Raises BadInputError where a layer is not there, or the two of a pair lie on different pipeline stages."""
     hidden = student.distill.hidden
     if hidden is None:
@@ -196,13 +197,13 @@ def _pair_problems(pairs: Sequence[tuple[int, int]], student: Recipe, teacher: R
         for number, home, who in zip(pair, homes, ("student", "teacher"), strict=True):
             if number not in home:
                 yield f"distill.hidden.layers {list(pair)}: the {who} has the layers 0 to {len(home) - 1}"
-    apart = [
-        pair for pair in pairs if all(n in home for n, home in zip(pair, homes, strict=True)) and homes[0][pair[0]] != homes[1][pair[1]]
-    ]
+    both = [(own, theirs) for own, theirs in pairs if own in homes[0] and theirs in homes[1]]
+    apart = [(own, theirs) for own, theirs in both if homes[0][own] != homes[1][theirs]]
     if apart:
         yield (
             f"distill.hidden.layers {_shown(apart)}: the two layers of a pair must lie on the same of "
-            f"parallel.pipeline_model_parallel_size {student.parallel.pipeline_model_parallel_size} stages: pair others, or use fewer stages"
+            f"parallel.pipeline_model_parallel_size {student.parallel.pipeline_model_parallel_size} stages: pair others, or use fewer "
+            "stages"
         )
 
 
