@@ -57,7 +57,8 @@ class OfflineConfig(Section):
 class DistillConfig(TrainedSection):
     """`teacher`: a stage of this run, or the path of a run, a stage or a checkpoint; null: the run's first trained model.
 
-    loss = `alpha` * `temperature`^2 * `divergence` + (1 - `alpha`) * cross-entropy.
+    loss = `alpha` * `temperature`^2 * `divergence` + (1 - `alpha`) * cross-entropy. `seed`: of new weights and of the order of samples;
+    null: the run's.
     """
 
     teacher: str | None = None
@@ -67,6 +68,7 @@ class DistillConfig(TrainedSection):
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     hidden: HiddenConfig | None = None
     offline: OfflineConfig | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 def distill_problems(recipe: Recipe) -> Iterator[str]:

@@ -27,6 +27,10 @@ from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
 
+_NOT_ITS_OWN: dict[str, Any] = {"train": True, "optimizer": True, "offline": {"folder"}}
+"""Keys of a stage's section that are not part of its identity as they stand there: what is merged elsewhere, and places."""
+
+
 class RunConfig(Section):
     name: str = "run"
     output_dir: str = "runs/run"
@@ -226,7 +230,7 @@ class Recipe(Section):
         training = {"train": train, "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"})}
         section = getattr(self, stage, None)
         if section is not None:
-            own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude={"train", "optimizer"})}
+            own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude=_NOT_ITS_OWN)}
             return {**own, **training} if isinstance(section, TrainedSection) and section.trains else own
         return {
             "stage": stage,

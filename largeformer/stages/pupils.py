@@ -42,38 +42,43 @@ class Lesson:
         return {**self.given.origin(**further), "teacher_checkpoint": self.teacher_source.checkpoint.name, **about}
 
 
+@dataclass(frozen=True)
+class _Beginning:
+    """recipe: the student's. source, made_by: whose identity is in the student's. start, named: see `Lesson`."""
+
+    recipe: Recipe
+    source: Source
+    made_by: Artifact | None
+    start: Path | None
+    named: Callable[[str], str] = str
+
+
 def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: Artifact) -> Lesson:
     """Collective. Raises BadInputError with everything that stands against it."""
     own = at_stage(recipe, entry)
     taught_from = find_source(own, _teacher_folder(own))
-    teacher = _teacher_recipe(own, taught_from)
     taught_by = Artifact.read(taught_from.checkpoint.parent.parent)
-    init = own.distill.student.init
-    folder = Path(own.run.output_dir) / entry.name
-    named: Callable[[str], str] = str
-    start: Path | None
-    if init == "previous":
+    teacher = _teacher_recipe(own, taught_from)
+    if own.distill.student.init == "previous":
         found = input_of(recipe, entry, source)
-        start = found.source.checkpoint
-        if start.resolve() == taught_from.checkpoint.resolve():
+        beginning = _Beginning(found.recipe, found.source, found.made_by, found.source.checkpoint)
+        if found.source.checkpoint.resolve() == taught_from.checkpoint.resolve():
             raise BadInputError(
-                f"the student would be the teacher itself, {start}: put a stage that changes it before {entry.name} in run.stages, or set "
-                "distill.student.init to teacher_layers or scratch"
+                f"the student would be the teacher itself, {found.source.checkpoint}: put a stage that changes it before {entry.name} in "
+                "run.stages, or set distill.student.init to teacher_layers or scratch"
             )
-        student, made_by = found.recipe, found.made_by
-        tokenizers = {"the student": found.source.prepared, "the teacher": taught_from.prepared}
-        student_source = found.source
     else:
-        student, layers = _new_student(own, teacher)
-        start = taught_from.checkpoint if init == "teacher_layers" else None
-        named = _layer_names(layers)
-        made_by, student_source, tokenizers = taught_by, taught_from, {"the teacher": taught_from.prepared}
-    _check_vocabulary(own, student, teacher, tokenizers, prepared)
+        beginning = _new_student(own, teacher, taught_from, taught_by)
+    tokenizers = {"the student": beginning.source.prepared, "the teacher": taught_from.prepared}
+    _check_vocabulary(own, beginning.recipe, teacher, tokenizers, prepared)
     # Text and tokenizer are the run's own, whatever the checkpoint was trained on.
-    student = student.model_copy(update={"tokenizer": own.tokenizer, "data": own.data})
+    seed = own.run.seed if own.distill.seed is None else own.distill.seed
+    run = own.run.model_copy(update={"seed": seed})
+    student = beginning.recipe.model_copy(update={"tokenizer": own.tokenizer, "data": own.data, "run": run})
     teacher = _beside(teacher, student)
-    given = Input(student, entry, Source(student_source.checkpoint, prepared), made_by, folder)
-    return Lesson(given, teacher, taught_from, taught_by, start, named, pairs_of(student, teacher))
+    folder = Path(own.run.output_dir) / entry.name
+    given = Input(student, entry, Source(beginning.source.checkpoint, prepared), beginning.made_by, folder)
+    return Lesson(given, teacher, taught_from, taught_by, beginning.start, beginning.named, pairs_of(student, teacher))
 
 
 def _teacher_folder(recipe: Recipe) -> Path:
@@ -111,19 +116,19 @@ def _beside(teacher: Recipe, student: Recipe) -> Recipe:
     return student.model_copy(update={"model": model})
 
 
-def _new_student(recipe: Recipe, teacher: Recipe) -> tuple[Recipe, Sequence[int]]:
-    """A student that no stage has made, and which of the teacher's layers it has; none where it is new. Raises BadInputError."""
+def _new_student(recipe: Recipe, teacher: Recipe, source: Source, taught_by: Artifact | None) -> _Beginning:
+    """A student that no stage has made: of the teacher's layers, or new. Raises BadInputError."""
     settings = recipe.distill.student
-    layers: Sequence[int] = ()
     if settings.init == "scratch":
-        model = merged(recipe.model, settings.model, "distill.student.model")
+        student = recipe.model_copy(update={"model": merged(recipe.model, settings.model, "distill.student.model")})
+        beginning = _Beginning(student, source, taught_by, None)
     else:
         layers = chosen_layers(recipe, teacher.model.num_layers)
-        model = teacher.model.model_copy(update={"num_layers": len(layers)})
-    student = recipe.model_copy(update={"model": model})
+        student = recipe.model_copy(update={"model": teacher.model.model_copy(update={"num_layers": len(layers)})})
+        beginning = _Beginning(student, source, taught_by, source.checkpoint, _layer_names(layers))
     if problems := recipe_problems(student):
         raise BadInputError([f"the student: {problem}" for problem in problems])
-    return student, layers
+    return beginning
 
 
 def chosen_layers(recipe: Recipe, there: int) -> Sequence[int]:
@@ -151,7 +156,7 @@ def _layer_names(layers: Sequence[int]) -> Callable[[str], str]:
     def named(key: str) -> str:
         prefix, decoder, rest = key.partition("decoder.layers.")
         number, _, name = rest.partition(".")
-        return f"{prefix}{decoder}{layers[int(number)]}.{name}" if decoder and layers else key
+        return f"{prefix}{decoder}{layers[int(number)]}.{name}" if decoder else key
 
     return named
 

@@ -157,3 +157,22 @@ def test_half_precision_is_near_fp32(precision: str, ranks: Callable[[int], Rank
     assert loss == pytest.approx(exact_loss, rel=0.02)
     assert parts == pytest.approx(exact_parts, rel=0.02)
     assert norm == pytest.approx(exact_norm, rel=0.05)
+
+
+def learning(ranks: RankContext, recipe: Recipe, teacher: Recipe) -> list[dict[str, float]]:
+    """The parts of the loss over 12 steps on one batch."""
+    with course_on(ranks, recipe, teacher) as course:
+        found = []
+        for _ in range(12):
+            course.step(global_batch(recipe), 3.0e-3)
+            found.append(course.figures.means())
+    return found
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_the_student_comes_to_say_what_the_teacher_says(divergence: str, ranks: Callable[[int], RankPool]) -> None:
+    optimizer = {"type": "adamw", "lr": 3.0e-3, "weight_decay": 0.0, "clip_grad": 1.0}
+    recipe = recipe_at("one", distill={**HIDDEN, "divergence": divergence}, optimizer=optimizer)
+    found = ranks(1).run(learning, recipe, teacher_of(recipe))[0]
+    assert found[-1]["kd_loss"] < 0.9 * found[0]["kd_loss"]
+    assert found[-1]["hidden_loss"] < 0.9 * found[0]["hidden_loss"]

@@ -166,6 +166,30 @@ def test_a_weight_that_comes_back_fails_the_stage(
     assert not (trained / "distill" / "manifest.json").exists()
 
 
+def test_offline_with_the_whole_vocabulary_is_online(trained: Path, tmp_path: Path) -> None:
+    assert largeformer("distill", "-c", str(write_recipe(trained.parent))) == 0
+    online = rows(trained)
+    offline = {**HALF, "offline": {"top_k": None, "precision": "fp32"}}
+    recipe = write_recipe(trained.parent, distill=offline)
+    assert largeformer("distill", "-c", str(recipe), "--fresh") == 0
+    for one, other in zip(online, rows(trained), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    (answers,) = (trained / "teacher_answers").iterdir()
+    written = {path.name: path.stat().st_mtime_ns for path in answers.glob("*.safetensors")}
+    # Another student, with other micro batches, and nothing is asked again.
+    changed = ["distill.student.model={num_layers: 1}", "train.micro_batch_size=1", "--fresh"]
+    assert largeformer("distill", "-c", str(recipe), *changed) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in answers.glob("*.safetensors")} == written
+    assert len(rows(trained)) == STEPS
+
+
+def test_answers_of_another_teacher_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(trained.parent, distill={**HALF, "offline": {"folder": str(tmp_path / "answers")}})
+    assert largeformer("distill", "-c", str(recipe)) == 0
+    assert largeformer("distill", "-c", str(recipe), "distill.temperature=2.0", "--fresh") == 2
+    assert "temperature was 3.0, is 2.0" in capsys.readouterr().err
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 1.5}, "distill.alpha is 1.5"),
     "the teacher is not there": ({"teacher": "runs/nobody"}, "distill.teacher runs/nobody is neither a stage of"),
