@@ -26,7 +26,6 @@ from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
-
 _NOT_ITS_OWN: dict[str, Any] = {"train": True, "optimizer": True, "offline": {"folder"}}
 """Keys of a stage's section that are not part of its identity as they stand there: what is merged elsewhere, and places."""
 
