@@ -126,9 +126,10 @@ class AnswerWriter:
         """ids, log_probabilities: [b, s, k]; rest: [b, s]. Raises OSError."""
         rows: dict[str, np.ndarray] = {
             "samples": np.asarray(samples, dtype=np.int64),
-            "ids": ids.cpu().numpy().astype(np.uint32),
-            "log_probabilities": log_probabilities.cpu().numpy().astype(self._dtype),
-            "rest": rest.cpu().numpy().astype(np.float32),
+            # safetensors writes memory as it lies
+            "ids": np.ascontiguousarray(ids.cpu().numpy(), dtype=np.uint32),
+            "log_probabilities": np.ascontiguousarray(log_probabilities.cpu().numpy(), dtype=self._dtype),
+            "rest": np.ascontiguousarray(rest.cpu().numpy(), dtype=np.float32),
         }
         self._rows.append(rows)
         self._size += sum(array.nbytes for array in rows.values())

@@ -17,6 +17,7 @@ from largeformer import cli
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
+from largeformer.parallel.groups import destroy_groups
 from largeformer.stages.pupils import chosen_layers, pairs_of
 from largeformer.training.checkpointing import load_weights
 from largeformer.training.saving import save_weights
@@ -144,7 +145,9 @@ def sparse(trained: Path, one_process: Callable[[Recipe], Built]) -> Path:
             if ".linear_" in shard.key:
                 values = shard.of(shard.parameter.data)
                 values[values.abs() < values.abs().median()] = 0.0
-    return save_weights(trained.parent / "sparse" / "prune" / "checkpoints", built.shards, recipe_yaml(made))
+    path = save_weights(trained.parent / "sparse" / "prune" / "checkpoints", built.shards, recipe_yaml(made))
+    destroy_groups()
+    return path
 
 
 def test_a_sparse_student_stays_sparse(sparse: Path, trained: Path) -> None:
@@ -196,7 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "student and teacher are one": ({"student": {}}, "the student would be the teacher itself"),
     "deeper than the teacher": (
         {"student": {"init": "teacher_layers", "model": {"num_layers": 6}}},
-        "is to have 6 of the teacher's layers",
+        "the student has 6 layers (num_layers) and the teacher 4",
     ),
     "a layer too many": (
         {"student": {"init": "teacher_layers", "layers": [0, 4]}},
