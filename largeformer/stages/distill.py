@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,11 @@ from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.chain import StageEntry, at_stage, entry_named
 from largeformer.config.schema import Recipe
 from largeformer.config.size import model_parameters
-from largeformer.errors import StageFailed
 from largeformer.stages import interruptions, prepare
 from largeformer.stages.inputs import claim_derived
 from largeformer.stages.lessons import live_teacher, written_answers
 from largeformer.stages.pupils import Lesson, lesson_of
+from largeformer.stages.sparse import sparsity_kept
 from largeformer.stages.training import Accompanied, TrainingJob, train
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
@@ -84,7 +84,6 @@ class _Course:
         hidden = ("hidden_loss",) if lesson.pairs else ()
         self._figures = Figures(("kd_loss", "ce_loss", *hidden), world.groups, hidden if recipe.parallel.sequence_parallel else ())
         self._matching: HiddenMatching | None = None
-        self._shards: Sequence[Shard] = ()
 
     def extend(self, chunks: Sequence[GPT]) -> list[Shard]:
         from largeformer.compression.hidden import add_projections
@@ -98,7 +97,7 @@ class _Course:
         from largeformer.compression.teacher import Teacher
         from largeformer.training.masks import hold_zeros
 
-        settings, lesson, self._shards = self._settings, self._lesson, shards
+        settings, lesson = self._settings, self._lesson
         if lesson.start is not None:
             hold_zeros(lesson.start, shards, lesson.named)
         self._teacher.accompany(chunks)
@@ -133,24 +132,20 @@ class _Course:
             **self._sparsity(),
         }
 
-    def _sparsity(self) -> Mapping[str, Any]:
-        """Nothing where the student was not sparse. Raises StageFailed where a weight that was 0 is not."""
+    def _sparsity(self) -> dict[str, Any]:
+        """Raises StageFailed where a weight that was 0 is not."""
         from largeformer.checkpoint.commit import newest
-        from largeformer.training.masks import zeros_kept
 
-        lesson = self._lesson
-        if lesson.start is None:
+        lesson, start = self._lesson, self._lesson.start
+        if start is None:
             return {}
-        last = self._world.from_main(lambda: newest(lesson.given.folder / "checkpoints"))
-        assert last is not None, "training has saved its last step"
-        kept = zeros_kept(lesson.start, last, self._shards, lesson.named)
-        if kept.lost:
-            raise StageFailed([f"{kept.lost:,} of {kept.zeros:,} weights that were 0 before {lesson.given.entry.name} are not 0 in {last}"])
-        if not kept.zeros:
-            return {}
-        made_by = lesson.given.made_by
-        before = made_by.metrics.get("sparsity") if made_by is not None else None
-        return {"sparsity": {**(before if isinstance(before, dict) else {}), "overall": kept.sparsity}, "zeros_held": kept.zeros}
+
+        def kept() -> dict[str, Any]:
+            last = newest(lesson.given.folder / "checkpoints")
+            assert last is not None, "training has saved its last step"
+            return sparsity_kept(start, last, lesson.named)
+
+        return self._world.from_main(kept)
 
 
 class _Taught:
