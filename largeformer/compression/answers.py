@@ -143,7 +143,10 @@ class AnswerWriter:
         whole = {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
         path = self._folder / f"answers_{whole['samples'][0]:012d}_{self._rank:05d}{_SUFFIX}"
         temporary = path.with_suffix(".tmp")
-        save_file(whole, temporary)
+        try:
+            save_file(whole, temporary)
+        except SafetensorError as error:  # so it tells that a disk is full
+            raise OSError(f"{path} cannot be written ({error})") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -102,13 +102,13 @@ def test_later_stages_read_the_students_shape_by_themselves(finished: Path, caps
 def test_a_finished_stage_is_skipped_and_a_changed_one_runs_again(trained: Path) -> None:
     recipe = str(write_recipe(trained.parent))
     assert largeformer("run", "-c", recipe) == 0
-    written = (trained / "distill" / "manifest.json").stat().st_mtime_ns
+    written = (trained / "distill" / "checkpoints" / "latest").stat().st_mtime_ns
     assert largeformer("run", "-c", recipe) == 0
-    assert (trained / "distill" / "manifest.json").stat().st_mtime_ns == written
-    taught = (trained / "pretrain" / "manifest.json").stat().st_mtime_ns
+    assert (trained / "distill" / "checkpoints" / "latest").stat().st_mtime_ns == written
+    taught = (trained / "pretrain" / "checkpoints" / "latest").stat().st_mtime_ns
     assert largeformer("run", "-c", recipe, "distill.temperature=2.0") == 0
     assert manifest(trained)["metrics"]["temperature"] == 2.0
-    assert (trained / "pretrain" / "manifest.json").stat().st_mtime_ns == taught
+    assert (trained / "pretrain" / "checkpoints" / "latest").stat().st_mtime_ns == taught
 
 
 @pytest.mark.parametrize("settings", [pytest.param(HALF, id="half the layers"), pytest.param(NARROW, id="with projections")])
