@@ -36,5 +36,11 @@ class _Renamed:
     names: Sequence[str]
     named: Callable[[str], str]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.stored.dtype(self.named(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored.shape(self.named(name))
+
     def read(self, name: str) -> torch.Tensor:
         return self.stored.read(self.named(name))

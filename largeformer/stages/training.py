@@ -63,11 +63,11 @@ class TrainingJob:
     prepared: Artifact
     parents: Mapping[str, Artifact] = field(default_factory=dict)
     start: Path | None = None
-    named: Callable[[str], str] = str
-    extend: Callable[[Sequence[GPT]], Sequence[Shard]] = lambda chunks: ()
     alter: Callable[[Sequence[GPT], Sequence[Shard]], None] = lambda chunks, shards: None
     accompany: Callable[[Engine, BatchSource], Accompanied] = lambda engine, data: Accompanied(data)
     measure: Callable[[Training], dict[str, Any]] = lambda training: {}
+    named: Callable[[str], str] = str
+    extend: Callable[[Sequence[GPT]], Sequence[Shard]] = lambda chunks: ()
 
 
 def train(recipe: Recipe, world: World, job: TrainingJob, cut_short: str | None) -> Artifact | None:
