@@ -89,6 +89,7 @@ def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
     from largeformer.compression.fake_quantization import train_rounded
     from largeformer.stages.quantizing import kept_layers, scheme_of, start_of_training
+    from largeformer.training.gradual import hold_growing
 
     flat = _flat(given, world)
     start = start_of_training(flat, world.regroup(flat.recipe), recipe_yaml(given.recipe))
@@ -96,6 +97,7 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
 
     def alter(chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
         train_rounded(chunks, shards, world.groups, scheme_of(given.recipe.quantize), start.input_scales, kept_layers(given.recipe))
+        hold_growing(shards, given.recipe.model)  # which here does not grow: pruned weights stay 0
 
     parents = {name: parent for name, parent in given.parents.items() if parent is not given.source.prepared}
     identity = identity_hash(given.origin())

@@ -276,6 +276,24 @@ def test_training_with_rounding_goes_on_and_is_exported(copy: Path, capfd: pytes
     assert kl > 1e-6, "hf holds the floats that were trained, and the other their integers"
 
 
+METHODS = {
+    "qat": [*QAT, "quantize.scheme=w4a16", "quantize.group_size=16"],
+    "gptq, smoothed": ["quantize.scheme=w8a8", "quantize.method=gptq", "quantize.smoothquant={projections: true}"],
+}
+
+
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_pruned_weights_stay_zero(copy: Path, settings: list[str]) -> None:
+    alone = "parallel.pipeline_model_parallel_size=1"
+    pruning = ["prune.method=magnitude", 'prune.pattern="2:4"']
+    assert cli.main(["prune", "--from", str(copy), alone, *pruning]) == 0
+    assert cli.main(["quantize", "--from", str(copy / "prune"), CALIBRATION, alone, *settings]) == 0
+    assert metrics(copy)["sparsity"]["overall"] >= 0.5
+    integers = {name: tensor for name, tensor in _integers(copy).items() if tensor.dtype == torch.int8}
+    for tensor in integers.values():
+        assert ((tensor.flatten(1) != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
+
+
 @pytest.mark.slow
 def test_training_with_rounding_at_another_layout(run: Path, tmp_path: Path) -> None:
     losses = {}
