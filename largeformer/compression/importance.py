@@ -165,12 +165,13 @@ def by_ablation(model: Any, batches: Sequence[Batch], groups: ParallelGroups, re
     Returns: [l], the rise of the mean loss in nats without the layer, as it was last measured; and the removed layers in their order.
     """
     layers = list(model.decoder.layers)
-    tokens = _over_data(torch.tensor([sum(float(batch.loss_mask.sum()) for batch in batches)], dtype=torch.float64), groups)
+    counted = sum(float(batch.loss_mask.sum()) for batch in batches)
+    tokens = _over_data(torch.tensor([counted], dtype=torch.float64, device=groups.device), groups)
 
     def loss_without(gone: Sequence[int]) -> float:
         with _only(model, [layer for index, layer in enumerate(layers) if index not in gone]):
             total = evaluate_loss([model], batches, groups).double()
-        return float(_over_data(total.to(groups.device).view(1), groups) / tokens.to(total.device))
+        return float(_over_data(total.to(groups.device).view(1), groups) / tokens)
 
     rise, gone = torch.full((len(layers),), torch.nan, dtype=torch.float64), list[int]()
     base = loss_without([])
