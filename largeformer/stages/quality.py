@@ -94,10 +94,11 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
         held = model.artifact.metrics.get("quality", {})
         found = held if held.get("key") == key else {"key": key, **_measure(model, reference, world, recipe.quality)}
         wrong = failures(found, recipe.quality.limits.get(entry.name, LimitsConfig()))
-        found["passed"] = not wrong
+        found = {**found, "passed": not wrong}
 
         def record() -> None:
-            replace(model.artifact, metrics={**model.artifact.metrics, "quality": found}).write()
+            if found != held:
+                replace(model.artifact, metrics={**model.artifact.metrics, "quality": found}).write()
             if wrong:
                 model.artifact.withdraw()
 

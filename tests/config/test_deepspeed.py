@@ -17,7 +17,7 @@ from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from tests.config.recipes import write_recipe
 
-WORLDS = {"quickstart": 2, "gpt2-125m": 8, "llama-1b": 8, "llama-8b": 16, "llama-70b": 128}
+WORLDS = {"compress": 1, "quickstart": 2, "gpt2-125m": 8, "llama-1b": 8, "llama-8b": 16, "llama-70b": 128}
 
 
 def recipe_with(folder: Path, raw: dict[str, Any] | str, *overrides: str) -> Recipe:
