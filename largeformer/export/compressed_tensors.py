@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from largeformer.compression.schemes import Given, Scheme, library_scheme
+from largeformer.compression.quantization.schemes import Given, Scheme, library_scheme
 from largeformer.errors import BadInputError
 from largeformer.export.huggingface import finite
 from largeformer.export.streaming import Entry

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from largeformer.compression.description import Description
-from largeformer.compression.schemes import Scheme
+from largeformer.compression.quantization.description import Description
+from largeformer.compression.quantization.schemes import Scheme
 from largeformer.config.data import TokenizerConfig
 from largeformer.config.export import ExportConfig, ExportFormat, ThresholdsConfig
 from largeformer.config.schema import ModelConfig

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def is_quantized(checkpoint: Path) -> bool:
-    from largeformer.compression.description import read_description
+    from largeformer.compression.quantization.description import read_description
 
     return read_description(checkpoint) is not None
 
@@ -23,10 +23,10 @@ def is_quantized(checkpoint: Path) -> bool:
 @contextlib.contextmanager
 def deployed(recipe: Recipe, world: World, checkpoint: Path) -> Iterator[GPT]:
     """The model in eval mode. `recipe` is shaped like it, and at the world's layout, which has one pipeline stage. Collective."""
-    from largeformer.compression.description import read_description
     from largeformer.compression.linears import linears
-    from largeformer.compression.names import Names
-    from largeformer.compression.quantization import from_names, quantized
+    from largeformer.compression.quantization.description import read_description
+    from largeformer.compression.quantization.layers import from_names, quantized
+    from largeformer.compression.quantization.names import Names
     from largeformer.models.gpt import build_gpt
     from largeformer.training.checkpointing import load_weights
 

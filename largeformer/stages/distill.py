@@ -19,9 +19,9 @@ from largeformer.stages.training import Accompanied, TrainingJob, train
 from largeformer.stages.world import World, check_world, enter_world, reporting
 
 if TYPE_CHECKING:
-    from largeformer.compression.answers import AnswerReader
-    from largeformer.compression.hidden import HiddenMatching
-    from largeformer.compression.teacher import Teacher
+    from largeformer.compression.distillation.answers import AnswerReader
+    from largeformer.compression.distillation.hidden import HiddenMatching
+    from largeformer.compression.distillation.teacher import Teacher
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.parallel.batch import Batch
@@ -75,7 +75,7 @@ class _Course:
     """The teacher, and what it does to each student that is assembled: one, or one more after each rewind."""
 
     def __init__(self, lesson: Lesson, world: World) -> None:
-        from largeformer.compression.figures import Figures
+        from largeformer.compression.distillation.figures import Figures
 
         self._lesson, self._world, self._groups = lesson, world, world.groups
         self._settings, recipe = lesson.given.recipe.distill, lesson.given.recipe
@@ -86,15 +86,15 @@ class _Course:
         self._matching: HiddenMatching | None = None
 
     def extend(self, chunks: Sequence[GPT]) -> list[Shard]:
-        from largeformer.compression.hidden import add_projections
+        from largeformer.compression.distillation.hidden import add_projections
 
         recipe = self._lesson.given.recipe
         return add_projections(chunks, self._lesson.pairs, self._lesson.teacher.model.hidden_size, self._groups, recipe.run.seed)
 
     def alter(self, chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
-        from largeformer.compression.distillation import DistillationLoss
-        from largeformer.compression.hidden import HiddenMatching
-        from largeformer.compression.teacher import Teacher
+        from largeformer.compression.distillation.hidden import HiddenMatching
+        from largeformer.compression.distillation.loss import DistillationLoss
+        from largeformer.compression.distillation.teacher import Teacher
         from largeformer.training.masks import hold_zeros
 
         settings, lesson = self._settings, self._lesson

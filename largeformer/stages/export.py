@@ -107,7 +107,7 @@ def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _job(recipe: Recipe, source: Source) -> Job:
-    from largeformer.compression.description import read_description
+    from largeformer.compression.quantization.description import read_description
     from largeformer.data.tokenization.tokenizer import tokenizer_file
     from largeformer.export.formats import Job
     from largeformer.export.huggingface import SpecialIds

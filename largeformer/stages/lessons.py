@@ -13,16 +13,16 @@ from largeformer.stages.world import World
 from largeformer.training.signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
-    from largeformer.compression.answers import AnswerReader
-    from largeformer.compression.teacher import Teacher
+    from largeformer.compression.distillation.answers import AnswerReader
+    from largeformer.compression.distillation.teacher import Teacher
 
 FOLDER = "teacher_answers"
 
 
 def live_teacher(lesson: Lesson, world: World) -> Teacher:
     """With the states that the lesson's pairs ask for. Collective."""
-    from largeformer.compression.hidden import layers_here
-    from largeformer.compression.teacher import Teacher
+    from largeformer.compression.distillation.hidden import layers_here
+    from largeformer.compression.distillation.teacher import Teacher
 
     chunks = load_model(lesson.teacher, world, lesson.teacher_source.checkpoint)
     here = layers_here(chunks, world.groups)
@@ -33,8 +33,8 @@ def live_teacher(lesson: Lesson, world: World) -> Teacher:
 def written_answers(lesson: Lesson, world: World) -> AnswerReader:
     """The answers to all that the student will read; what is missing of them is asked for first, with the teacher in memory as long.
     Collective. Raises BadInputError where the folder holds others, StopRequested on a signal: what was said is kept."""
-    from largeformer.compression.answers import AnswerReader, AnswerWriter, claim, index
-    from largeformer.compression.dictation import Dictation
+    from largeformer.compression.distillation.answers import AnswerReader, AnswerWriter, claim, index
+    from largeformer.compression.distillation.dictation import Dictation
 
     recipe = lesson.given.recipe
     offline = recipe.distill.offline

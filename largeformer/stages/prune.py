@@ -154,8 +154,8 @@ def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -
 
 def _as_written(recipe: Recipe, given: Input) -> Recipe:
     """The recipe that the result says it was made with: the layout that was asked for, and the shape that it has."""
-    from largeformer.compression.shape import pruned_shape
-    from largeformer.compression.unstructured import pattern_problems
+    from largeformer.compression.pruning.shape import pruned_shape
+    from largeformer.compression.pruning.unstructured import pattern_problems
 
     read = given.recipe
     if problems := pattern_problems(read.model, read.prune):
@@ -166,8 +166,8 @@ def _as_written(recipe: Recipe, given: Input) -> Recipe:
 
 def _smaller(given: Input, written: Recipe, world: World) -> dict[str, Any]:
     """Width or depth: measure what each part is worth, and cut the weights."""
-    from largeformer.compression.shape import narrowed
-    from largeformer.compression.structured import choose
+    from largeformer.compression.pruning.shape import narrowed
+    from largeformer.compression.pruning.structured import choose
     from largeformer.export.streaming import StoredTensors
 
     recipe, checkpoint = given.recipe, given.source.checkpoint
@@ -186,7 +186,7 @@ def _smaller(given: Input, written: Recipe, world: World) -> dict[str, Any]:
 
 def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> tuple[Any, list[int] | None]:
     """What the settings ask for; and the layers that go, where ablation has settled it."""
-    from largeformer.compression import importance
+    from largeformer.compression.pruning import importance
     from largeformer.export.streaming import StoredTensors
     from largeformer.stages.calibrating import calibration
 
@@ -205,7 +205,7 @@ def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> t
 def _write_cut(stored: Any, kept: Any, importance: Any, before: ModelConfig, written: Recipe, folder: Path, world: World) -> Path:
     """Commit the smaller model as the checkpoint of step 0: the ranks take turns at its tensors, each reads and writes one at a time."""
     from largeformer.checkpoint.format import Place
-    from largeformer.compression.structured import cut, cut_shape, new_names
+    from largeformer.compression.pruning.structured import cut, cut_shape, new_names
     from largeformer.training.saving import save_tensors
 
     places = []
@@ -228,7 +228,7 @@ def _loss_of(checkpoint: Path, given: Input, written: Recipe, world: World) -> L
 
 def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
     """Zeros, at once."""
-    from largeformer.compression.unstructured import sparsify
+    from largeformer.compression.pruning.unstructured import sparsify
     from largeformer.models.gpt import build_gpt
     from largeformer.stages.calibrating import calibration
     from largeformer.training.checkpointing import load_weights
@@ -248,7 +248,7 @@ def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
 
 def _zeros(given: Input, made: Path) -> dict[str, Any]:
     """What the manifest says of the zeros, and a table of them by weight. On one process."""
-    from largeformer.compression.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
+    from largeformer.compression.pruning.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
     from largeformer.export.streaming import StoredTensors
 
     parent, child = (StoredTensors.of_checkpoint(checkpoint) for checkpoint in (given.source.checkpoint, made))

@@ -26,7 +26,7 @@ from largeformer.stages.weights import Source, find_source, shaped_like
 from largeformer.stages.world import World, enter_world, reporting
 
 if TYPE_CHECKING:
-    from largeformer.compression.description import Description
+    from largeformer.compression.quantization.description import Description
     from largeformer.export.twin import CachedGPT
     from largeformer.parallel.batch import Batch
 
@@ -53,7 +53,7 @@ class _Model:
     @cached_property
     def quantization(self) -> Description | None:
         """What becomes of its weights where they are exported."""
-        from largeformer.compression.description import read_description
+        from largeformer.compression.quantization.description import read_description
 
         return read_description(self.source.checkpoint)
 

@@ -75,7 +75,7 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
 
 def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
     """The artifact of a stage that is complete; else the folder is this one's. Collective."""
-    from largeformer.compression.description import is_described
+    from largeformer.compression.quantization.description import is_described
     from largeformer.stages.quantize_checks import check
 
     def look() -> Artifact | None:
@@ -87,7 +87,7 @@ def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
 
 
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
-    from largeformer.compression.fake_quantization import train_rounded
+    from largeformer.compression.quantization.fake_quantization import train_rounded
     from largeformer.stages.quantizing import kept_layers, scheme_of, start_of_training
     from largeformer.training.gradual import hold_growing
 

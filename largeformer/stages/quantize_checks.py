@@ -11,7 +11,7 @@ from largeformer.errors import BadInputError
 
 def check(recipe: Recipe) -> None:
     """`recipe` is shaped like the model. Raises BadInputError with everything that does not go."""
-    from largeformer.compression.schemes import check_library
+    from largeformer.compression.quantization.schemes import check_library
 
     check_library()
     if problems := [*_group_problems(recipe), *_name_problems(recipe), *_client_problems(recipe)]:

@@ -20,11 +20,11 @@ from largeformer.stages.weights import Source, load_model
 if TYPE_CHECKING:
     import torch
 
-    from largeformer.compression.description import Description
     from largeformer.compression.linears import Linear
-    from largeformer.compression.names import Names
-    from largeformer.compression.quantization import LayerError, Scales
-    from largeformer.compression.schemes import Given, Scheme
+    from largeformer.compression.quantization.description import Description
+    from largeformer.compression.quantization.layers import LayerError, Scales
+    from largeformer.compression.quantization.names import Names
+    from largeformer.compression.quantization.schemes import Given, Scheme
     from largeformer.evaluation.quality import Quality
     from largeformer.models.shards import Shard
     from largeformer.parallel.batch import Batch
@@ -83,7 +83,7 @@ class _Work:
 
     @property
     def names(self) -> Names:
-        from largeformer.compression.names import Names
+        from largeformer.compression.quantization.names import Names
 
         return Names(self.recipe.model)
 
@@ -98,8 +98,8 @@ class _Work:
         return [linear for linear in self.each if linear.name not in kept]
 
     def smooth(self) -> None:
-        from largeformer.compression.calibration import channel_ranges
-        from largeformer.compression.smoothquant import smooth
+        from largeformer.compression.quantization.calibration import channel_ranges
+        from largeformer.compression.quantization.smoothquant import smooth
 
         settings = self.settings.smoothquant
         assert settings is not None, "it was asked for"
@@ -107,7 +107,7 @@ class _Work:
         smooth(self.model, self.linears, ranges, self.recipe.model, settings.alpha, settings.projections)
 
     def input_scales(self) -> dict[Linear, torch.Tensor]:
-        from largeformer.compression.calibration import input_scales
+        from largeformer.compression.quantization.calibration import input_scales
 
         settings = self.settings
         return input_scales(self.model, self.rounded, self.batches, self.world.groups, settings.observer, settings.percentile)
@@ -134,7 +134,7 @@ class _Work:
 
 
 def scheme_of(settings: QuantizeConfig) -> Scheme:
-    from largeformer.compression.schemes import Scheme
+    from largeformer.compression.quantization.schemes import Scheme
 
     return Scheme(settings.bits, settings.group_size if settings.bits == 4 else None, settings.symmetric, settings.activations)
 
@@ -178,8 +178,8 @@ def quantize(given: Input, world: World, trained: Source | None, config_yaml: st
 
     `given` is at an inference layout, which is the world's. A checkpoint is written unless the stage has trained one. Collective.
     """
-    from largeformer.compression.description import Description, check_scales
-    from largeformer.compression.quantization import by_name, nearest_scales, quantized, with_input_scales
+    from largeformer.compression.quantization.description import Description, check_scales
+    from largeformer.compression.quantization.layers import by_name, nearest_scales, quantized, with_input_scales
 
     work = _Work.on(given, world, (trained or given.source).checkpoint)
     settings, names = work.settings, work.names
@@ -222,8 +222,8 @@ def set_local(linear: Linear, weights: torch.Tensor) -> None:
 
 def _by_gptq(work: _Work) -> dict[Linear, tuple[Given, torch.Tensor]]:
     """Scales, and this rank's part of the weights on their grid, as the checkpoint will hold them. The model is as it was, afterwards."""
-    from largeformer.compression.quantization import gptq_layers
-    from largeformer.compression.schemes import weight_scales
+    from largeformer.compression.quantization.layers import gptq_layers
+    from largeformer.compression.quantization.schemes import weight_scales
 
     settings = work.settings
     before, rounded = {linear.name: local(linear) for linear in work.each}, {linear.name for linear in work.rounded}
@@ -246,8 +246,8 @@ def _by_gptq(work: _Work) -> dict[Linear, tuple[Given, torch.Tensor]]:
 
 def _errors(work: _Work, scales: Scales, solved: dict[Linear, torch.Tensor]) -> dict[str, LayerError]:
     """By Hugging Face's names. solved: this rank's weights on their grid, where they are not what is nearest."""
-    from largeformer.compression.quantization import layer_errors
-    from largeformer.compression.schemes import rounded
+    from largeformer.compression.quantization.layers import layer_errors
+    from largeformer.compression.quantization.schemes import rounded
 
     by_name = {linear.name: linear for linear in scales}
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from largeformer.compression.sparsity import StoredWeights
+    from largeformer.compression.pruning.sparsity import StoredWeights
 
 
 def sparsity_kept(parent: Path, child: Path, named: Callable[[str], str] = str) -> dict[str, Any]:
     """For the manifest of a stage that made the checkpoint `child` from `parent`: the key "sparsity", as `prune` wrote it; nothing where
     the parent has no zeros. `named`: what a weight of the child, of the same shape, is called in the parent. On one process. Raises
     StageFailed where the child has lost some of them."""
-    from largeformer.compression.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
+    from largeformer.compression.pruning.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
     from largeformer.export.streaming import StoredTensors
 
     after = StoredTensors.of_checkpoint(child)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from largeformer.compression.magnitude import kth_smallest
-from largeformer.compression.masks import qkv_rows
+from largeformer.compression.pruning.magnitude import kth_smallest
+from largeformer.compression.pruning.masks import qkv_rows
 from largeformer.config.prune import PruneConfig
 from largeformer.config.schema import ModelConfig
 from largeformer.models.shards import Shard

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from largeformer.checkpoint.format import write_blocks
-from largeformer.compression.schemes import Given, Scheme, library_scheme
+from largeformer.compression.quantization.schemes import Given, Scheme, library_scheme
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.export.clients import TransformersClient

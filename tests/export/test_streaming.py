@@ -110,7 +110,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from largeformer.config.schema import ModelConfig
-from largeformer.compression.schemes import Scheme
+from largeformer.compression.quantization.schemes import Scheme
 from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.huggingface import Plain, write_weights
 from largeformer.export.streaming import StoredTensors

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from largeformer import cli
-from largeformer.compression.description import Description, read_description
-from largeformer.compression.schemes import rounded
+from largeformer.compression.quantization.description import Description, read_description
+from largeformer.compression.quantization.schemes import rounded
 from largeformer.config.load import load_recipe
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.hf_mapping import to_hugging_face
@@ -221,7 +221,7 @@ def test_bad_input_exits_with_2_and_leaves_everything(
 
 
 def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    from largeformer.compression import quantization
+    from largeformer.compression.quantization import layers as quantization
 
     original = quantization.weight_scales
 

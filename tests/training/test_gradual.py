@@ -7,14 +7,14 @@ from unittest import mock
 
 import pytest
 
-from largeformer.compression.sparsity import linear_weights
+from largeformer.compression.pruning.sparsity import linear_weights
 from largeformer.config.prune import PruneConfig
 from largeformer.config.schema import Recipe
 from largeformer.parallel.batch import Batch
 from largeformer.training import engine as engines
 from largeformer.training.gradual import GradualPruning, Masked, hold_growing, share_at
 from largeformer.training.zero import link_moments
-from tests.compression.test_structured import Held
+from tests.compression.pruning.test_structured import Held
 from tests.distributed import RankContext
 from tests.recipes import tiny_recipe
 from tests.training.engines import PP2, TP2, Tensors, bench_of, global_batch

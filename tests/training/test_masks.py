@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from largeformer.compression.sparsity import Count, count_zeros, zeros_lost
+from largeformer.compression.pruning.sparsity import Count, count_zeros, zeros_lost
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.export.streaming import StoredTensors

@@ -1,0 +1,96 @@
+"""What a stage `quantize` says of its weights, beside its checkpoints, for `export` to write the integers that were calibrated.
+
+folder/quantization.json           scheme, layers that stay floats, the checkpoint that is meant, the other file's hash
+folder/quantization.safetensors    float32, by Hugging Face's modules: `*.weight_scale` [o, g], `*.weight_zero_point`, `*.input_scale` [1]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from largeformer.artifact import write_atomically
+from largeformer.compression.quantization.schemes import Given, Scheme
+from largeformer.errors import BadInputError
+
+JSON, TENSORS = "quantization.json", "quantization.safetensors"
+_SCALE, _ZERO, _INPUT = ".weight_scale", ".weight_zero_point", ".input_scale"
+
+
+@dataclass(frozen=True)
+class Description:
+    """`ignore`: linear layers of the Transformer that stay floats. `given`: the scales of all others. `checkpoint`: its name."""
+
+    scheme: Scheme
+    method: str
+    ignore: tuple[str, ...]
+    given: Mapping[str, Given]
+    checkpoint: str
+
+    def write(self, folder: Path) -> None:
+        """The tensors first: what the JSON names is there."""
+        content = save(_tensors(self.given))
+        write_atomically(folder / TENSORS, content)
+        about: dict[str, Any] = {
+            "scheme": asdict(self.scheme),
+            "method": self.method,
+            "ignore": list(self.ignore),
+            "checkpoint": self.checkpoint,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        write_atomically(folder / JSON, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def check_scales(given: Mapping[str, Given]) -> None:
+    """Raises BadInputError for a scale that is none."""
+    for name, tensor in _tensors(given).items():
+        wrong = ~torch.isfinite(tensor) if name.endswith(_ZERO) else ~(torch.isfinite(tensor) & (tensor > 0))
+        if wrong.any():
+            raise BadInputError(
+                f"{name} holds {tensor[wrong][0].item()}: a scale must be finite and above 0; quantize a checkpoint from before the model "
+                "diverged, or name the layer in quantize.keep_float"
+            )
+
+
+def is_described(folder: Path) -> bool:
+    return (folder / JSON).exists()
+
+
+def read_description(checkpoint: Path) -> Description | None:
+    """What the checkpoint's stage says of it; None where it says nothing, or speaks of another checkpoint. Raises BadInputError where the
+    files are damaged."""
+    folder = checkpoint.parent.parent
+    if not is_described(folder):
+        return None
+    try:
+        about = json.loads((folder / JSON).read_text())
+        content = (folder / TENSORS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+            raise ValueError(f"{TENSORS} is not what was written")
+        found = Description(Scheme(**about["scheme"]), about["method"], tuple(about["ignore"]), _given(load(content)), about["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{folder} does not say how its weights were quantized ({error}): copy the whole stage, or quantize again"
+        ) from None
+    return found if found.checkpoint == checkpoint.name else None
+
+
+def _tensors(given: Mapping[str, Given]) -> dict[str, torch.Tensor]:
+    parts = {_SCALE: "scale", _ZERO: "zero_point", _INPUT: "input_scale"}
+    held = {f"{module}{suffix}": getattr(one, part) for module, one in given.items() for suffix, part in parts.items()}
+    # Copies: the library refuses tensors that share memory, as fused layers' input scales do.
+    return {name: tensor.float().cpu().clone().contiguous() for name, tensor in held.items() if tensor is not None}
+
+
+def _given(tensors: Mapping[str, torch.Tensor]) -> dict[str, Given]:
+    modules = [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]
+    return {
+        module: Given(tensors[module + _SCALE], tensors.get(module + _ZERO), tensors.get(module + _INPUT)) for module in sorted(modules)
+    }
