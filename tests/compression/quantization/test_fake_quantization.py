@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from largeformer.compression.quantization.fake_quantization import train_rounded
+from largeformer.compression.linears import linears
+from largeformer.compression.quantization.fake_quantization import round_in, train_rounded
 from largeformer.compression.quantization.schemes import Scheme, rounded, rounded_inputs, weight_scales
 from largeformer.config.schema import Recipe
 from largeformer.models.hf_mapping import to_hugging_face
 from largeformer.models.plain import PlainGPT
+from tests.compression.models import at, model_on
 from tests.distributed import RankContext
-from tests.recipes import GPT2, LLAMA
+from tests.recipes import GPT2, LLAMA, tiny_recipe
 from tests.training import engines
 from tests.training.engines import PP2, TP2, TP2_SP, assert_same, bench_of, global_batch, sgd_recipe
 
@@ -134,3 +136,25 @@ def test_alike_at_every_layout(ranks: Any, scheme: Scheme) -> None:
 def test_a_group_on_two_ranks_is_bad_input(ranks: Any) -> None:
     with pytest.raises(AssertionError, match=r"quantize.group_size 32 does not divide 48, the inputs of decoder.layers.0.mlp.linear_fc2"):
         ranks(2).run(stepped, sgd_recipe(parallel=TP2), Scheme(4, group_size=32))
+
+
+def of_one_shard(ranks: RankContext, recipe: Recipe, scheme: Scheme) -> dict[str, Any]:
+    """What a row-parallel layer multiplies for this rank's part of the inputs, and the same from the whole."""
+    with model_on(ranks, recipe) as model:
+        linear = linears(model.chunk, model.shards, model.groups)[0][3]
+        assert linear.split_input
+        (shard,) = linear.shards
+        whole = torch.randn(5, 3, linear.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
+        part = shard.block[1]
+        linear.module._forward_impl = lambda input, weight: (input, weight)  # type: ignore[assignment]
+        round_in(linear.module, model.groups, True, weights=scheme)
+        inputs, weight = linear.module._forward_impl(whole[..., part].contiguous(), linear.module.weight)  # type: ignore[operator]
+        matrix = linear.whole()
+        exact = rounded(matrix, weight_scales(matrix, scheme, torch.float32), scheme)
+        return {"inputs": (inputs, rounded_inputs(whole)[..., part]), "weight": (weight.detach(), exact[:, part])}
+
+
+def test_ranks_that_split_the_inputs_agree_on_scales(ranks: Any) -> None:
+    for found in ranks(2).run(of_one_shard, at(tiny_recipe(), 2), SCHEMES["W8A16"]):
+        for ours, theirs in found.values():
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
