@@ -5,6 +5,7 @@ folder/origin.json    what makes the result what it is: the stage's settings, th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from largeformer.artifact import Artifact, identity_hash, write_atomically
+from largeformer.checkpoint.manifest import MANIFEST as CHECKSUMS
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
@@ -40,7 +42,10 @@ class Input:
     def origin(self, **further: Artifact) -> dict[str, Any]:
         """What makes the result what it is. `further`: other artifacts that it is made from, such as a teacher."""
         parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
-        return {**self.recipe.identity(self.entry.stage), "checkpoint": self.source.checkpoint.name, "parents": parents}
+        checkpoint = self.source.checkpoint.name
+        if self.made_by is None:  # nobody has said yet what the weights are: their checksums do
+            checkpoint += f" {hashlib.sha256((self.source.checkpoint / CHECKSUMS).read_bytes()).hexdigest()[:16]}"
+        return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents}
 
 
 def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:

@@ -26,8 +26,13 @@ STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
     "distill": lambda recipe, entry, fresh: distill.run(recipe, fresh=True, entry=entry),
     "quantize": lambda recipe, entry, fresh: quantize.run(recipe, fresh=True, entry=entry),
     "evaluate": lambda recipe, entry, fresh: evaluate.run(recipe, again=False, entry=entry),
-    "export": lambda recipe, entry, fresh: export.run(recipe, fresh=True, entry=entry),
+    "export": lambda recipe, entry, fresh: export.run(recipe, fresh=fresh or _is_ours(recipe, entry), entry=entry),
 }
+
+
+def _is_ours(recipe: Recipe, entry: StageEntry) -> bool:
+    """Whether the stage's folder is an earlier result, which may be set aside, and not something else that lies in the way."""
+    return Artifact.read(Path(recipe.run.output_dir) / entry.name) is not None
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:

@@ -7,6 +7,7 @@ RUN/quality.json, .svg      all of them, and the exports, once the chain has end
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from largeformer.config.chain import StageEntry
 from largeformer.config.quality import LimitsConfig, QualityConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import StageFailed
+from largeformer.parallel.environment import discover
 from largeformer.stages import prepare
 from largeformer.stages.deployed import deployed
 from largeformer.stages.generate import inference_layout
@@ -83,10 +85,6 @@ def is_judged(recipe: Recipe) -> bool:
 def assess(recipe: Recipe, entry: StageEntry) -> None:
     """Measure the model that `entry` has left beside the chain's first one, and add it to the manifest, unless it stands there. Raises
     StageFailed where it is beyond `quality.limits`; the stage counts as unfinished then."""
-    import os
-
-    from largeformer.parallel.environment import discover
-
     first = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.stage), enter_world(first, training=False) as world:
         model, reference = _find(first, entry.name), _find(first, first_model(recipe))
