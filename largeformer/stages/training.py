@@ -189,6 +189,7 @@ def _resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) ->
 
 
 def _tracker(recipe: Recipe, world: World, job: TrainingJob, state: TrainingState, found: Found | None) -> FanOut:
+    from largeformer.parallel.cpu_products import converts
     from largeformer.tracking.build import build_trackers
     from largeformer.tracking.provenance import git_state
 
@@ -208,6 +209,9 @@ def _tracker(recipe: Recipe, world: World, job: TrainingJob, state: TrainingStat
         wandb_run_id=state.wandb_run_id,
         enabled=world.info.is_main,
     )
+    if converts(recipe.train.precision, world.device):
+        advice = "this CPU has no instructions for bf16; train.precision=fp32 is faster here"
+        tracker.event("bf16 products in fp32", state.progress.step, reason=advice)
     if found is not None:
         for refused in found.refused:
             tracker.event("checkpoint damaged", state.progress.step, checkpoint=refused.checkpoint.name, reasons=refused.problems)

@@ -90,6 +90,7 @@ def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
     os.environ.update(to_environ(info))
     # DeepSpeed's kernel builds look for ninja on PATH; it lies beside this Python, whether or not the environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    from largeformer.parallel.cpu_products import products_for
     from largeformer.parallel.device import machine_problems, prepare_device, seed_ranks
     from largeformer.parallel.groups import create_groups, destroy_groups, join_world
 
@@ -101,7 +102,8 @@ def enter_world(recipe: Recipe, *, training: bool = True) -> Iterator[World]:
     at = groups.coordinates
     seed_ranks(recipe.run.seed, at.tensor, at.data, at.pipeline)
     try:
-        yield World(info, device, groups, deepspeed)
+        with products_for(recipe.train.precision, device):
+            yield World(info, device, groups, deepspeed)
     finally:
         destroy_groups()
 
