@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
+COMMON = "largeformer.stages.common."
 DOORS = {"parallel_state": "parallel/groups.py", "deepspeed.initialize": "training/engine.py"}
 HEAVY = {"torch", "deepspeed", "megatron", "wandb", "transformers", "numpy", "tensorboard"}
 LIGHT_ROOMS = {"errors", "artifact", "layout", "config", "commands", "cli", "__main__"}
@@ -74,6 +75,8 @@ def wrong_imports(source: str, module: str, package: str) -> list[str]:
         other = name.split(".")[1]
         if other != room and floor_of(other) >= floor_of(room):
             wrong.append(f"{module}:{line} imports {name}: {other} does not stand below {room}")
+        if module.startswith(COMMON) and name.startswith("largeformer.stages.") and not name.startswith(COMMON):
+            wrong.append(f"{module}:{line} imports {name}: what stages share knows no stage")
     return wrong
 
 
@@ -181,6 +184,7 @@ def test_every_module_imports_without_a_gpu_and_without_side_effects(tmp_path: P
         pytest.param("largeformer.models.gpt", "from largeformer import training", id="by the package"),
         pytest.param("largeformer.models.gpt", "importlib.import_module('largeformer.stages.bench')", id="by import_module"),
         pytest.param("largeformer.layout", "import largeformer.artifact", id="single modules of one floor"),
+        pytest.param("largeformer.stages.common.world", "from largeformer.stages import prepare", id="a stage, from what stages share"),
     ],
 )
 def test_wrong_import_is_seen(module: str, source: str) -> None:

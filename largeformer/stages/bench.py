@@ -23,8 +23,8 @@ import torch.distributed as dist
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages.contenders import BARE, ENGINE, PLAIN, Candidate, Step, candidates
-from largeformer.stages.world import World, enter_world
+from largeformer.stages.bench_contenders import BARE, ENGINE, PLAIN, Candidate, Step, candidates
+from largeformer.stages.common.world import World, enter_world
 
 WARMUP_STEPS = 2
 GIB = 2**30

@@ -10,13 +10,14 @@ from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.chain import StageEntry, at_stage, entry_named
 from largeformer.config.schema import Recipe
 from largeformer.config.size import model_parameters
-from largeformer.stages import interruptions, prepare
-from largeformer.stages.inputs import claim_derived
-from largeformer.stages.lessons import live_teacher, written_answers
-from largeformer.stages.pupils import Lesson, lesson_of
-from largeformer.stages.sparse import sparsity_kept
-from largeformer.stages.training import Accompanied, TrainingJob, train
-from largeformer.stages.world import World, check_world, enter_world, reporting
+from largeformer.stages import prepare
+from largeformer.stages.common import interruptions
+from largeformer.stages.common.inputs import claim_derived
+from largeformer.stages.common.sparse import sparsity_kept
+from largeformer.stages.common.training import Accompanied, TrainingJob, train
+from largeformer.stages.common.world import World, check_world, enter_world, reporting
+from largeformer.stages.distill_lessons import live_teacher, written_answers
+from largeformer.stages.distill_pupils import Lesson, lesson_of
 
 if TYPE_CHECKING:
     from largeformer.compression.distillation.answers import AnswerReader

@@ -11,13 +11,13 @@ from largeformer.artifact import Artifact, identity_hash, library_versions
 from largeformer.config.chain import StageEntry, entry_named
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages import prepare
-from largeformer.stages.deployed import deployed, is_quantized
-from largeformer.stages.generate import continue_prompt, inference_layout
-from largeformer.stages.held_out import held_out_loss
-from largeformer.stages.inputs import Input, input_of
-from largeformer.stages.weights import Source, load_model, on_this_world, without_virtual_stages
-from largeformer.stages.world import World, enter_world, reporting
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.deployed import deployed, is_quantized
+from largeformer.stages.common.held_out import held_out_loss
+from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.weights import Source, inference_layout, load_model, on_this_world, without_virtual_stages
+from largeformer.stages.common.world import World, enter_world, reporting
+from largeformer.stages.generate import continue_prompt
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _prompt(recipe: Recipe, source: Source) -> str:
     """The beginning of the test split: text that the model has not seen."""
     from largeformer.data.splits import held_out_streams
 
-    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
-    stream, *_ = held_out_streams(recipe.data, prepare.prefixes(recipe, source.prepared.path), tokenizer, SPLIT, recipe.run.seed)
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
+    stream, *_ = held_out_streams(recipe.data, prepared_data.prefixes(recipe, source.prepared.path), tokenizer, SPLIT, recipe.run.seed)
     return tokenizer.decode(stream[: min(24, recipe.model.seq_length // 2)].tolist())
 
 

@@ -25,13 +25,12 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError, StageFailed
 from largeformer.parallel.environment import discover
-from largeformer.stages import prepare
-from largeformer.stages.claim import set_aside
-from largeformer.stages.exporting import onnx_latency, reference, sample_texts
-from largeformer.stages.generate import inference_layout
-from largeformer.stages.inputs import Input, input_of
-from largeformer.stages.weights import Source
-from largeformer.stages.world import enter_world, reporting
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.claim import set_aside
+from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.weights import Source, inference_layout
+from largeformer.stages.common.world import enter_world, reporting
+from largeformer.stages.export_source import onnx_latency, reference, sample_texts
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def _job(recipe: Recipe, source: Source) -> Job:
     from largeformer.export.huggingface import SpecialIds
     from largeformer.export.streaming import StoredTensors
 
-    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
     return Job(
         source=StoredTensors.of_checkpoint(source.checkpoint),
         model=recipe.model,

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages import prepare
-from largeformer.stages.weights import Source, find_source, load_model, on_this_world
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.weights import Source, find_source, inference_layout, load_model
 
 if TYPE_CHECKING:
-    from largeformer.stages.world import World
+    from largeformer.stages.common.world import World
 
 
 def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> str:
     """Print `prompt` and what the model goes on with, on rank 0; returns the new text."""
-    from largeformer.stages.world import enter_world
+    from largeformer.stages.common.world import enter_world
 
     recipe = inference_layout(recipe, discover(os.environ).world_size)
     with enter_world(recipe, training=False) as world:
@@ -28,18 +28,11 @@ def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> 
     return text
 
 
-def inference_layout(recipe: Recipe, world_size: int) -> Recipe:
-    """The recipe as generation can run it in this world."""
-    from largeformer.evaluation.generation import inference_recipe
-
-    return inference_recipe(on_this_world(recipe, world_size))
-
-
 def continue_prompt(recipe: Recipe, world: World, source: Source, prompt: str, settings: GenerateConfig) -> str:
     """The continuation of one prompt; alike on every rank. `recipe` is at an inference layout, which is the world's."""
     from largeformer.evaluation.generation import generate
 
-    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
     chunks = load_model(recipe, world, source.checkpoint)
     (ids,) = generate(chunks, world.groups, [tokenizer.encode(prompt)], settings, tokenizer.eod, world.device)
     return tokenizer.decode(ids)

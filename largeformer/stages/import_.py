@@ -19,8 +19,8 @@ from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.config.source import to_yaml
 from largeformer.errors import BadInputError
-from largeformer.stages.claim import set_aside
-from largeformer.stages.world import reporting
+from largeformer.stages.common.claim import set_aside
+from largeformer.stages.common.world import reporting
 
 if TYPE_CHECKING:
     from largeformer.export.streaming import StoredTensors

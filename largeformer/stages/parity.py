@@ -65,7 +65,7 @@ def one_process(recipe: Recipe) -> Recipe:
 
 
 def _measure(recipe: Recipe, output: Path) -> None:
-    from largeformer.stages.world import enter_world
+    from largeformer.stages.common.world import enter_world
     from largeformer.training.parity import measure
 
     with enter_world(recipe) as world:

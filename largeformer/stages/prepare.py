@@ -20,34 +20,16 @@ from pathlib import Path
 from largeformer.artifact import Artifact, identity_hash, read_status
 from largeformer.config.schema import Recipe
 from largeformer.data.preparation.workspace import Workspace
-from largeformer.data.reading.corpus import pair_name
-from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages.claim import claim
-from largeformer.stages.preparation import Preparation, check_base
-from largeformer.stages.world import reporting
+from largeformer.stages.common.claim import claim
+from largeformer.stages.common.prepared_data import KIND, stage_folder
+from largeformer.stages.common.world import reporting
+from largeformer.stages.prepare_folder import Preparation, check_base
 from largeformer.training.signals import StopRequested, StopSignals
 
-KIND = "prepare"
 _STOPS_TOGETHER_S = 20.0  # between a signal to a waiting rank and its end, where the rank that prepares has not stopped or finished
 _CLOCK_SLACK_S = 2.0  # what the clocks of two machines may differ
-
-
-def stage_folder(recipe: Recipe) -> Path:
-    return Path(recipe.run.output_dir) / KIND
-
-
-def prefixes(recipe: Recipe, folder: Path) -> list[tuple[Path, float]]:
-    """Where each source's `.bin/.idx` pair is, and its weight."""
-    return [(folder / pair_name(i, source.path), source.weight) for i, source in enumerate(recipe.data.sources)]
-
-
-def open_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
-    """The tokenizer in a prepare folder, checked against the recipe's vocabulary."""
-    if recipe.data.is_mock:
-        return MockTokenizer(recipe.tokenizer.vocab_size)
-    return load_tokenizer(folder / tokenizer_file(recipe.tokenizer), recipe.tokenizer)
 
 
 def run(recipe: Recipe, *, fresh: bool = False, append: bool = False) -> Artifact:

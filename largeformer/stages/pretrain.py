@@ -6,10 +6,11 @@ from pathlib import Path
 
 from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.schema import Recipe
-from largeformer.stages import interruptions, prepare
-from largeformer.stages.claim import claim
-from largeformer.stages.training import TrainingJob, train
-from largeformer.stages.world import check_world, enter_world, reporting
+from largeformer.stages import prepare
+from largeformer.stages.common import interruptions
+from largeformer.stages.common.claim import claim
+from largeformer.stages.common.training import TrainingJob, train
+from largeformer.stages.common.world import check_world, enter_world, reporting
 
 STAGE = "pretrain"
 

@@ -19,13 +19,12 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages import interruptions, prepare
-from largeformer.stages.generate import inference_layout
-from largeformer.stages.held_out import held_out_figures, held_out_loss
-from largeformer.stages.inputs import Input, claim_derived, input_of
-from largeformer.stages.training import Accompanied, TrainingJob, train
-from largeformer.stages.weights import load_model
-from largeformer.stages.world import World, check_world, enter_world, reporting
+from largeformer.stages.common import interruptions, prepared_data
+from largeformer.stages.common.held_out import held_out_figures, held_out_loss
+from largeformer.stages.common.inputs import Input, claim_derived, input_of
+from largeformer.stages.common.training import Accompanied, TrainingJob, train
+from largeformer.stages.common.weights import inference_layout, load_model
+from largeformer.stages.common.world import World, check_world, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
     cut_short = interruptions.cut_short(recipe)
     with reporting(recipe, STAGE) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
-        if given.source.prepared.kind != prepare.KIND:
+        if given.source.prepared.kind != prepared_data.KIND:
             raise BadInputError(f"{given.source.checkpoint} has no prepared text to train on: prune at once, without prune.schedule")
         artifact = world.from_main(lambda: claim_derived(given, given.origin(), fresh=fresh))
         if artifact is not None and "sparsity" in artifact.metrics:
@@ -188,7 +187,7 @@ def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> t
     """What the settings ask for; and the layers that go, where ablation has settled it."""
     from largeformer.compression.pruning import importance
     from largeformer.export.streaming import StoredTensors
-    from largeformer.stages.calibrating import calibration
+    from largeformer.stages.common.calibrating import calibration
 
     recipe = given.recipe
     if recipe.prune.importance == "weight":
@@ -230,7 +229,7 @@ def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
     """Zeros, at once."""
     from largeformer.compression.pruning.unstructured import sparsify
     from largeformer.models.gpt import build_gpt
-    from largeformer.stages.calibrating import calibration
+    from largeformer.stages.common.calibrating import calibration
     from largeformer.training.checkpointing import load_weights
     from largeformer.training.saving import save_weights
 

@@ -21,11 +21,10 @@ from largeformer.config.quality import LimitsConfig, QualityConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import StageFailed
 from largeformer.parallel.environment import discover
-from largeformer.stages import prepare
-from largeformer.stages.deployed import deployed
-from largeformer.stages.generate import inference_layout
-from largeformer.stages.weights import Source, find_source, shaped_like
-from largeformer.stages.world import World, enter_world, reporting
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.deployed import deployed
+from largeformer.stages.common.weights import Source, find_source, inference_layout, shaped_like
+from largeformer.stages.common.world import World, enter_world, reporting
 
 if TYPE_CHECKING:
     from largeformer.compression.quantization.description import Description
@@ -131,7 +130,7 @@ def _measure(model: _Model, reference: _Model, world: World, settings: QualityCo
     """Collective; latency is rank 0's."""
     from largeformer.evaluation.quality import compare
 
-    tokenizer = prepare.open_tokenizer(reference.recipe, reference.source.prepared.path)
+    tokenizer = prepared_data.open_tokenizer(reference.recipe, reference.source.prepared.path)
     windows = _windows(reference, world, settings.tokens)
     theirs, ours = (deployed(_exact(one), world, one.source.checkpoint) for one in (reference, model))
     with theirs as reference_chunk, ours as chunk:
@@ -149,8 +148,8 @@ def _windows(model: _Model, world: World, tokens: int) -> Iterator[Batch]:
     from largeformer.data.splits import held_out_streams
 
     recipe, folder = model.recipe, model.source.prepared.path
-    tokenizer = prepare.open_tokenizer(recipe, folder)
-    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
+    tokenizer = prepared_data.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
     at, layout = world.groups.coordinates, world.groups.layout
     reading = Reading(recipe.train.micro_batch_size, at.data, layout.data)
     step = recipe.model.seq_length * reading.micro_batch_size * layout.data

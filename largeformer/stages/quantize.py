@@ -23,18 +23,17 @@ from largeformer.config.chain import StageEntry, at_stage, entry_named
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages import interruptions
-from largeformer.stages.generate import inference_layout
-from largeformer.stages.inputs import Input, claim_derived, input_of
-from largeformer.stages.training import LIBRARIES, TrainingJob, train
-from largeformer.stages.weights import Source
-from largeformer.stages.world import World, check_world, enter_world, reporting
+from largeformer.stages.common import interruptions
+from largeformer.stages.common.inputs import Input, claim_derived, input_of
+from largeformer.stages.common.training import LIBRARIES, TrainingJob, train
+from largeformer.stages.common.weights import Source, inference_layout
+from largeformer.stages.common.world import World, check_world, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
-    from largeformer.stages.quantizing import Made
+    from largeformer.stages.quantize_scales import Made
 
 STAGE = "quantize"
 LAYERS = "layers.json"
@@ -88,7 +87,7 @@ def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
 
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
     from largeformer.compression.quantization.fake_quantization import train_rounded
-    from largeformer.stages.quantizing import kept_layers, scheme_of, start_of_training
+    from largeformer.stages.quantize_scales import kept_layers, scheme_of, start_of_training
     from largeformer.training.gradual import hold_growing
 
     flat = _flat(given, world)
@@ -124,7 +123,7 @@ def _unfinished(given: Input) -> Artifact:
 
 def _finish(given: Input, world: World, artifact: Artifact, trained: Source | None) -> Artifact:
     """Find the scales, measure the model beside what the stage was given, and write everything. Collective."""
-    from largeformer.stages.quantizing import SMOOTHED, quantize
+    from largeformer.stages.quantize_scales import SMOOTHED, quantize
 
     flat = _flat(given, world)
     made = quantize(flat, world.regroup(flat.recipe), trained, recipe_yaml(given.recipe))

@@ -16,11 +16,10 @@ from largeformer.config.sampling import LossSampling
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages import prepare
-from largeformer.stages.generate import inference_layout
-from largeformer.stages.inputs import Input, input_of
-from largeformer.stages.weights import load_model
-from largeformer.stages.world import World, enter_world
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.weights import inference_layout, load_model
+from largeformer.stages.common.world import World, enter_world
 
 if TYPE_CHECKING:
     from largeformer.data.windows import Windows
@@ -61,8 +60,8 @@ def _sources(given: Input) -> list[Windows]:
     splits = build_splits(
         by_source,
         recipe.model.seq_length,
-        prepare.open_tokenizer(recipe, folder),
-        prepare.prefixes(recipe, folder),
+        prepared_data.open_tokenizer(recipe, folder),
+        prepared_data.prefixes(recipe, folder),
         (1, 0, 0),
         recipe.run.seed,
         folder / "cache",

@@ -15,7 +15,7 @@ from largeformer.config.resources import batch_script
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.launching.slurm import Job, fill_in, submit
-from largeformer.stages.world import output_problems
+from largeformer.stages.common.world import output_problems
 
 TEMPLATES = {"pretrain": "pretrain", "run": "pipeline"}
 

@@ -104,10 +104,10 @@ def trial(folder: Path, before: Path | None, work: Callable[[], object], kills: 
 def main(folder: Path) -> None:
     # Not at the top: the processes of prepare import this file.
     from largeformer.data.reading import units
-    from largeformer.stages import preparation, prepare
+    from largeformer.stages import prepare, prepare_folder
 
     units._SMALLEST = 2048  # type: ignore[misc]
-    preparation._ALONE_BYTES = 0  # type: ignore[misc]
+    prepare_folder._ALONE_BYTES = 0  # type: ignore[misc]
     write_sources(folder)
     first, all_three = ["a.jsonl", "b.txt"], ["a.jsonl", "b.txt", "c.jsonl"]
     found = {

@@ -16,8 +16,8 @@ from largeformer.parallel.device import prepare_device, seed_ranks
 from largeformer.parallel.environment import RankInfo
 from largeformer.parallel.groups import create_groups, destroy_groups
 from largeformer.stages.bench import Measured, measure, report
-from largeformer.stages.contenders import BARE, COMPILED, ENGINE, HUGGING_FACE, PLAIN
-from largeformer.stages.world import World
+from largeformer.stages.bench_contenders import BARE, COMPILED, ENGINE, HUGGING_FACE, PLAIN
+from largeformer.stages.common.world import World
 from tests.distributed import RankContext, RankPool
 from tests.recipes import tiny_recipe
 

@@ -18,7 +18,7 @@ from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.groups import destroy_groups
-from largeformer.stages.pupils import chosen_layers, pairs_of
+from largeformer.stages.distill_pupils import chosen_layers, pairs_of
 from largeformer.training.checkpointing import load_weights
 from largeformer.training.saving import save_weights
 from tests.one_process import Built

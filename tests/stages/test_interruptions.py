@@ -156,7 +156,7 @@ def test_a_spike_is_left_out_once_and_for_good(tmp_path: Path) -> None:
 # Which rank gets the signal where, the text to prepare, the code, the status and the checkpoints that are there then
 PHASES: dict[str, tuple[str, bool, list[int], str, list[str]]] = {
     "while torch is imported": ("1 torch import 1 SIGTERM", False, [75, 75], "requeue", []),
-    "while text is prepared": ("0 largeformer.stages.preparation Preparation._encode 1 SIGTERM", True, [75, 75], "requeue", []),
+    "while text is prepared": ("0 largeformer.stages.prepare_folder Preparation._encode 1 SIGTERM", True, [75, 75], "requeue", []),
     "while others prepare": ("1 largeformer.stages.prepare wait_or_load 1 SIGUSR1", True, [75, 75], "requeue", []),
     "while the model is built": ("0 largeformer.models.gpt build_gpt 1 SIGUSR1", False, [75, 75], "requeue", []),
     "in the first step": (f"0 {FORWARD} 1 SIGTERM", False, [75, 75], "requeue", ["step_00000001"]),

@@ -12,7 +12,7 @@ import torch
 
 from largeformer.planning.hardware import GIB
 from largeformer.planning.prediction import job_of, predict
-from largeformer.stages.planned import _here, _preset, plan_errors, planned_columns
+from largeformer.stages.common.planned import _here, _preset, plan_errors, planned_columns
 from tests.recipes import tiny_recipe
 
 

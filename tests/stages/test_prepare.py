@@ -18,6 +18,7 @@ from largeformer.data.preparation.merging import Merger
 from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
+from largeformer.stages.common import prepared_data
 from tests.recipes import tiny_recipe
 
 ROWS = [f"row {i}: the quick brown fox, number {i * 37}, jumps over 犬 {i}\n" for i in range(200)]
@@ -52,8 +53,8 @@ def test_text_becomes_ids_that_decode_to_it(tmp_path: Path, text: str, rows: str
     assert artifact.identity == identity_hash(made.identity("prepare"))
     beside = ["config.yaml", "files.jsonl", "manifest.json", "quarantine.jsonl", "report.html", "statistics.json", "tokenizer.model"]
     assert sorted(os.listdir(folder)) == ["0-text.bin", "0-text.idx", "1-rows.bin", "1-rows.idx", *beside]
-    tokenizer = prepare.open_tokenizer(made, folder)
-    (first, _), (second, weight) = prepare.prefixes(made, folder)
+    tokenizer = prepared_data.open_tokenizer(made, folder)
+    (first, _), (second, weight) = prepared_data.prefixes(made, folder)
     documents = [open_indexed(prefix, 360) for prefix in (first, second)]
     assert weight == 1.0
     assert tokenizer.decode(documents[0][0].tolist()) == Path(text).read_text()
@@ -183,7 +184,7 @@ def test_broken_lines_are_counted_and_placed_exactly(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (artifact.path / "quarantine.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rows] == sorted(i + 1 for i in broken)
     assert all(row["file"] == str(path) and reasons[(row["line"] - 1) % 6] in row["reason"] for row in rows)
-    tokenizer = prepare.open_tokenizer(made, artifact.path)
+    tokenizer = prepared_data.open_tokenizer(made, artifact.path)
     dataset = open_indexed(artifact.path / "0-rows", 300)
     kept = [text for i, text in enumerate(texts) if i not in broken]
     assert all(tokenizer.decode(dataset[i].tolist()) == kept[i] for i in range(0, 9_900, 61))
@@ -203,7 +204,7 @@ def test_cleaned_and_without_duplicates(tmp_path: Path, rows: str) -> None:
     artifact = prepare.run(made)
     assert artifact.metrics["dropped"] == {"duplicate": 400}
     assert [source["documents"] for source in artifact.metrics["sources"]] == [200, 1]
-    tokenizer = prepare.open_tokenizer(made, artifact.path)
+    tokenizer = prepared_data.open_tokenizer(made, artifact.path)
     dataset = open_indexed(artifact.path / "1-doubled", 360)
     assert tokenizer.decode(dataset[0].tolist()) == "something new"
     page = (artifact.path / "report.html").read_text()
@@ -255,7 +256,7 @@ def test_random_tokens_need_no_files(tmp_path: Path) -> None:
     made = recipe(tmp_path, "mock")
     artifact = prepare.run(made)
     assert sorted(os.listdir(artifact.path)) == ["config.yaml", "manifest.json"]
-    assert prepare.open_tokenizer(made, artifact.path) == MockTokenizer(360)
+    assert prepared_data.open_tokenizer(made, artifact.path) == MockTokenizer(360)
 
 
 def test_other_ranks_wait_for_the_manifest(tmp_path: Path, text: str) -> None:

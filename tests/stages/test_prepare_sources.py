@@ -20,6 +20,7 @@ from largeformer.data.indexed import open_indexed
 from largeformer.data.preparation.encoding import Encoder
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
+from largeformer.stages.common import prepared_data
 from tests.recipes import tiny_recipe
 
 CHINESE = "大型语言模型需要大量干净的文本。训练之前\uff0c先把网页变成文字\uff0c再去掉重复的段落。春眠不觉晓\uff0c处处闻啼鸟。\n\n"
@@ -81,7 +82,7 @@ def test_new_files_of_a_source_are_added_at_its_end(tmp_path: Path) -> None:
     after = files_of(artifact.path)
     assert artifact.metrics["documents"] == 57 and after["tokenizer.model"] == before["tokenizer.model"]
     assert after["0-texts.bin"].startswith(before["0-texts.bin"])
-    tokenizer = prepare.open_tokenizer(made, artifact.path)
+    tokenizer = prepared_data.open_tokenizer(made, artifact.path)
     dataset = open_indexed(artifact.path / "0-texts", 330)
     assert "document 56," in tokenizer.decode(dataset[56].tolist())
     with (folder / "b.jsonl").open("a") as handle:
@@ -130,13 +131,13 @@ def megatron_pair(prefix: Path, documents: list[list[int]], vocab_size: int = 33
 def test_a_megatron_pair_is_a_source(prepared: Path, tmp_path: Path, ending: str) -> None:
     model = prepared / "run/prepare/tokenizer.model"
     made = recipe(tmp_path / "run", str(prepared / "b.jsonl"), tokenizer={"model": str(model)})
-    tokenizer = prepare.open_tokenizer(made, model.parent)
+    tokenizer = prepared_data.open_tokenizer(made, model.parent)
     texts = ["document 3, which says", CHINESE]
     pair = megatron_pair(tmp_path / "their_text_document", [[*tokenizer.encode(text), tokenizer.eod] for text in texts])
     made = recipe(tmp_path / "run", str(prepared / "b.jsonl"), pair + ending, tokenizer={"model": str(model)})
     artifact = prepare.run(made)
     assert (artifact.path / "1-their_text_document.bin").is_symlink()
-    (_, _), (prefix, _) = prepare.prefixes(made, artifact.path)
+    (_, _), (prefix, _) = prepared_data.prefixes(made, artifact.path)
     dataset = open_indexed(prefix, 330)
     assert [tokenizer.decode(dataset[i].tolist()) for i in range(len(dataset))] == texts
     theirs = artifact.metrics["sources"][1]
@@ -178,7 +179,7 @@ def test_chinese_survives_in_every_kind_of_file(prepared: Path, tmp_path: Path, 
     made = recipe(tmp_path / "run", str(tmp_path / name), tokenizer={"model": str(prepared / "run/prepare/tokenizer.model")})
     artifact = prepare.run(made)
     dataset = open_indexed(artifact.path / "0-a", 330)
-    assert prepare.open_tokenizer(made, artifact.path).decode(dataset[0].tolist()) == content
+    assert prepared_data.open_tokenizer(made, artifact.path).decode(dataset[0].tolist()) == content
     assert artifact.metrics["unknown_rate"] == 0.0
 
 
@@ -193,8 +194,8 @@ REAL = {
 def test_real_text_goes_through_whole(real_data: Path, tmp_path: Path, path: str, size: int, rejected: int) -> None:
     made = recipe(tmp_path / "run", str(real_data / path), vocab_size=512, tokenizer={"sample_bytes": 200_000})
     artifact = prepare.run(made)
-    tokenizer = prepare.open_tokenizer(made, artifact.path)
-    (prefix, _), *_ = prepare.prefixes(made, artifact.path)
+    tokenizer = prepared_data.open_tokenizer(made, artifact.path)
+    (prefix, _), *_ = prepared_data.prefixes(made, artifact.path)
     dataset = open_indexed(prefix, 512)
     text = "".join(tokenizer.decode(dataset[i].tolist()) for i in range(len(dataset)))
     files = sorted(real_data.glob(path))

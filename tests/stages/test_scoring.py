@@ -29,14 +29,14 @@ def by_the_twin(ranks: RankContext, recipe: Recipe) -> dict[str, list[float]]:
     from largeformer.data.splits import SourceDraws, build_splits
     from largeformer.export.onnx import plain_twin
     from largeformer.export.streaming import StoredTensors
-    from largeformer.stages import prepare
+    from largeformer.stages.common import prepared_data
 
     run = Path(recipe.run.output_dir)
     newest = max((run / "pretrain" / "checkpoints").glob("step_*"))
     plain = plain_twin(StoredTensors.of_checkpoint(newest), recipe.model, recipe.tokenizer.vocab_size)
     data = recipe.data.model_copy(update={"sampling": recipe_of(run.parent, {"type": "loss"}).data.sampling})
-    tokenizer = prepare.open_tokenizer(recipe, run / "prepare")
-    prefixes = prepare.prefixes(recipe, run / "prepare")
+    tokenizer = prepared_data.open_tokenizer(recipe, run / "prepare")
+    prefixes = prepared_data.prefixes(recipe, run / "prepare")
     splits = build_splits(data, recipe.model.seq_length, tokenizer, prefixes, (8, 0, 0), recipe.run.seed, run.parent / "own-cache")
     assert isinstance(splits.train, SourceDraws)
     found = {}

@@ -31,9 +31,9 @@ from largeformer.data.reading.units import Cursor, read_units, unit_bytes
 from largeformer.data.tokenization.tokenizer import Tokenizer, load_tokenizer, missing_symbols, tokenizer_file
 from largeformer.data.tokenization.training import sample_bytes, train_tokenizer
 from largeformer.errors import BadInputError
-from largeformer.stages.claim import CONFIG
-from largeformer.stages.prepared import REPORT, Results, table
-from largeformer.stages.progress import ByteProgress
+from largeformer.stages.common.claim import CONFIG
+from largeformer.stages.prepare_progress import ByteProgress
+from largeformer.stages.prepare_report import REPORT, Results, table
 
 logger = logging.getLogger(__name__)
 _SAMPLE_FACTOR = 8  # text read for each byte that the tokenizer is trained on

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import identity_hash
-from largeformer.stages.feeding import samples_to_train_on, training_batches
-from largeformer.stages.pupils import Lesson
-from largeformer.stages.weights import load_model
-from largeformer.stages.world import World
+from largeformer.stages.common.feeding import samples_to_train_on, training_batches
+from largeformer.stages.common.weights import load_model
+from largeformer.stages.common.world import World
+from largeformer.stages.distill_pupils import Lesson
 from largeformer.training.signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:

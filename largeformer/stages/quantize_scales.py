@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from largeformer.config.quantize import QuantizeConfig
 from largeformer.config.schema import Recipe
-from largeformer.stages import prepare
-from largeformer.stages.calibrating import calibration
-from largeformer.stages.inputs import Input
-from largeformer.stages.sparse import sparsity_kept
-from largeformer.stages.weights import Source, load_model
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.calibrating import calibration
+from largeformer.stages.common.inputs import Input
+from largeformer.stages.common.sparse import sparsity_kept
+from largeformer.stages.common.weights import Source, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from largeformer.evaluation.quality import Quality
     from largeformer.models.shards import Shard
     from largeformer.parallel.batch import Batch
-    from largeformer.stages.world import World
+    from largeformer.stages.common.world import World
 
 SMOOTHED = "smoothed"
 
@@ -270,8 +270,8 @@ def _beside_the_given(work: _Work, given: Input) -> Quality:
     from largeformer.evaluation.quality import compare
 
     recipe, world, folder = work.recipe, work.world, given.source.prepared.path
-    tokenizer = prepare.open_tokenizer(recipe, folder)
-    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
+    tokenizer = prepared_data.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
     reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data)
     windows: Iterator[Batch] = evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod)
     if (tokens := work.settings.evaluation_tokens) is not None:

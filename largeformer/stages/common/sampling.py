@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from largeformer.artifact import Artifact
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
-from largeformer.stages import prepare
-from largeformer.stages.world import World
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.world import World
 
 if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
@@ -24,7 +24,7 @@ def build_sampler(
 
     if not recipe.tracking.sample_prompts:
         return tuple
-    tokenizer = prepare.open_tokenizer(recipe, prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, prepared.path)
     prompts = [(prompt, tokenizer.encode(prompt)[-recipe.model.seq_length + 1 :]) for prompt in recipe.tracking.sample_prompts]
 
     def sample() -> Sequence[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 from largeformer.config.schema import Recipe
 from largeformer.planning.hardware import GIB, PRESETS, Cluster, cluster_of
 from largeformer.planning.prediction import job_of, predict
-from largeformer.stages.world import World
+from largeformer.stages.common.world import World
 
 _WARMUP_ROWS = 2  # of a process, whose first steps also compile, allocate and connect
 

@@ -16,8 +16,8 @@ from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.layout import stage_layers
-from largeformer.stages.inputs import Input, input_of
-from largeformer.stages.weights import Source, find_source, shaped_like
+from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.weights import Source, find_source, shaped_like
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from largeformer.artifact import Artifact
 from largeformer.config.calibration import CalibrationConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
-from largeformer.stages import prepare
-from largeformer.stages.weights import Source
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.weights import Source
 
 if TYPE_CHECKING:
     from largeformer.parallel.batch import Batch
-    from largeformer.stages.world import World
+    from largeformer.stages.common.world import World
 
 
 def calibration(recipe: Recipe, world: World, source: Source, settings: CalibrationConfig) -> list[Batch]:
@@ -34,9 +34,9 @@ def calibration(recipe: Recipe, world: World, source: Source, settings: Calibrat
 def _streams(recipe: Recipe, source: Source, text: str | None) -> list[np.ndarray]:
     from largeformer.data.splits import held_out_streams
 
-    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
     if text is None:
-        return held_out_streams(recipe.data, prepare.prefixes(recipe, source.prepared.path), tokenizer, "train", recipe.run.seed)
+        return held_out_streams(recipe.data, prepared_data.prefixes(recipe, source.prepared.path), tokenizer, "train", recipe.run.seed)
     path = Path(text)
     if path.is_dir():
         return _prepared_streams(path, recipe, source.prepared)
@@ -52,7 +52,7 @@ def _prepared_streams(folder: Path, recipe: Recipe, own: Artifact) -> list[np.nd
     from largeformer.data.indexed import bin_path, open_indexed
 
     prepared = Artifact.read(folder)
-    if prepared is None or prepared.kind != prepare.KIND:
+    if prepared is None or prepared.kind != prepared_data.KIND:
         raise BadInputError(f"calibration.text {folder} is a folder that `prepare` has not finished: name one, or a file of text")
     theirs, ours = (artifact.metrics.get("tokenizer_sha256") for artifact in (prepared, own))
     if theirs != ours:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largeformer.config.schema import Recipe
-from largeformer.stages.world import World
+from largeformer.stages.common.world import World
 
 if TYPE_CHECKING:
     from largeformer.models.gpt import GPT

@@ -13,11 +13,11 @@ from largeformer.artifact import Artifact
 from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
-from largeformer.stages import prepare
+from largeformer.stages.common import prepared_data
 
 if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
-    from largeformer.stages.world import World
+    from largeformer.stages.common.world import World
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +50,16 @@ def _trained(source: Path) -> Path:
 
 def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
     run_folder = checkpoint.absolute().parent.parent.parent
-    for folder in (run_folder / prepare.KIND, prepare.stage_folder(recipe)):
+    for folder in (run_folder / prepared_data.KIND, prepared_data.stage_folder(recipe)):
         prepared = Artifact.read(folder)
         if prepared is not None:
             return Source(checkpoint, prepared)
     imported = Artifact.read(checkpoint.parent.parent)
     if imported is not None and imported.kind == "import":
         return Source(checkpoint, imported)
-    raise BadInputError(f"{checkpoint} lies in no run with a {prepare.KIND} folder, which holds the tokenizer: copy the whole run folder")
+    raise BadInputError(
+        f"{checkpoint} lies in no run with a {prepared_data.KIND} folder, which holds the tokenizer: copy the whole run folder"
+    )
 
 
 def shaped_like(recipe: Recipe, checkpoint: Path) -> Recipe:
@@ -97,3 +99,10 @@ def load_model(recipe: Recipe, world: World, checkpoint: Path) -> list[GPT]:
     for chunk in chunks:
         chunk.eval()
     return chunks
+
+
+def inference_layout(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe as generation can run it in this world."""
+    from largeformer.evaluation.generation import inference_recipe
+
+    return inference_recipe(on_this_world(recipe, world_size))

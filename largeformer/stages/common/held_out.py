@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from largeformer.config.schema import Recipe
-from largeformer.stages import prepare
-from largeformer.stages.weights import Source
-from largeformer.stages.world import World
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.weights import Source
+from largeformer.stages.common.world import World
 
 if TYPE_CHECKING:
     from largeformer.evaluation.perplexity import LossTotal
@@ -24,9 +24,9 @@ def held_out_loss(recipe: Recipe, world: World, source: Source, chunks: Sequence
     from largeformer.evaluation.perplexity import evaluate
 
     folder = source.prepared.path
-    tokenizer = prepare.open_tokenizer(recipe, folder)
+    tokenizer = prepared_data.open_tokenizer(recipe, folder)
     check_tokenizer(tokenizer.unique_identifiers, source.prepared.metrics, folder)
-    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, split, recipe.run.seed)
+    streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, split, recipe.run.seed)
     packing = Packing.of(recipe.data, tokenizer.eod)
     reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data, packing)
     windows = evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod)

@@ -28,7 +28,7 @@ from largeformer.data.preparation.workspace import FILES, STATISTICS, Workspace
 from largeformer.data.reading.corpus import Source
 from largeformer.data.tokenization.tokenizer import Tokenizer
 from largeformer.errors import BadInputError
-from largeformer.stages.claim import CONFIG
+from largeformer.stages.common.claim import CONFIG
 
 REPORT = "report.html"
 

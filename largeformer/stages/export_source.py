@@ -11,14 +11,14 @@ import numpy as np
 
 from largeformer.config.quality import QualityConfig
 from largeformer.config.schema import GenerateConfig, Recipe
-from largeformer.stages import prepare
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.weights import Source, load_model
 from largeformer.stages.quality import Step, timed
-from largeformer.stages.weights import Source, load_model
 
 if TYPE_CHECKING:
     from largeformer.export.gate import Reference
     from largeformer.parallel.batch import Batch
-    from largeformer.stages.world import World
+    from largeformer.stages.common.world import World
 
 SPLIT: Final = "test"
 
@@ -67,15 +67,15 @@ def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     from largeformer.data.splits import held_out_streams
 
     folder = source.prepared.path
-    tokenizer = prepare.open_tokenizer(recipe, folder)
-    streams = held_out_streams(recipe.data, prepare.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
+    tokenizer = prepared_data.open_tokenizer(recipe, folder)
+    streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
     count = -(-recipe.export.gate_tokens // recipe.model.seq_length)
     return islice(evaluation_windows(streams, recipe.model.seq_length, Reading(micro_batch_size=1), tokenizer.eod), count)
 
 
 def sample_texts(recipe: Recipe, source: Source) -> list[str]:
     """The same text, as text, one piece for each line: for tokenizers to be compared."""
-    tokenizer = prepare.open_tokenizer(recipe, source.prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
     windows = [tokenizer.decode(batch.labels[0][batch.loss_mask[0] > 0].tolist()) for batch in _windows(recipe, source)]
     return [line for window in windows for line in window.splitlines(keepends=True)]
 

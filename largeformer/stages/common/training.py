@@ -16,11 +16,11 @@ from largeformer.artifact import Artifact, library_versions
 from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
-from largeformer.stages import interruptions
-from largeformer.stages.feeding import build_feed
-from largeformer.stages.planned import plan_errors, planned_columns
-from largeformer.stages.sampling import build_sampler
-from largeformer.stages.world import World
+from largeformer.stages.common import interruptions
+from largeformer.stages.common.feeding import build_feed
+from largeformer.stages.common.planned import plan_errors, planned_columns
+from largeformer.stages.common.sampling import build_sampler
+from largeformer.stages.common.world import World
 
 if TYPE_CHECKING:
     from largeformer.checkpoint.verify import Found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from largeformer.artifact import Artifact
 from largeformer.config.sampling import LossSampling
 from largeformer.config.schema import Recipe
-from largeformer.stages import prepare
-from largeformer.stages.world import World
+from largeformer.stages.common import prepared_data
+from largeformer.stages.common.world import World
 
 if TYPE_CHECKING:
     from largeformer.data.loader import Reading
@@ -89,7 +89,7 @@ def _open(recipe: Recipe, world: World, prepared: Artifact) -> _Text:
     from largeformer.data.packing import Packing
 
     at, layout = world.groups.coordinates, world.groups.layout
-    tokenizer = prepare.open_tokenizer(recipe, prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, prepared.path)
     check_tokenizer(tokenizer.unique_identifiers, prepared.metrics, prepared.path)
     packing = Packing.of(recipe.data, tokenizer.eod)
     reading = Reading(recipe.train.micro_batch_size, at.data, layout.data, packing, world.device, recipe.data.num_workers)
@@ -113,8 +113,8 @@ def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
     return build_splits(
         recipe.data,
         recipe.model.seq_length,
-        prepare.open_tokenizer(recipe, prepared.path),
-        prepare.prefixes(recipe, prepared.path),
+        prepared_data.open_tokenizer(recipe, prepared.path),
+        prepared_data.prefixes(recipe, prepared.path),
         (samples_to_train_on(recipe), train.eval_iters * train.global_batch_size, 0),
         recipe.run.seed,
         prepared.path / "cache",

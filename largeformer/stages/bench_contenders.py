@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.batch import Batch
-from largeformer.stages.world import World
+from largeformer.stages.common.world import World
 
 ENGINE, BARE, PLAIN = "largeformer", "largeformer, bare optimizer", "plain PyTorch"
 COMPILED, HUGGING_FACE = "plain PyTorch, compiled", "Hugging Face"

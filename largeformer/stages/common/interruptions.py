@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from largeformer.artifact import read_status, write_status
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
-from largeformer.stages.world import World, tell_failure
+from largeformer.stages.common.world import World, tell_failure
 from largeformer.training.signals import StopRequested
 
 if TYPE_CHECKING:

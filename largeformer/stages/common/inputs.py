@@ -17,8 +17,8 @@ from largeformer.checkpoint.manifest import MANIFEST as CHECKSUMS
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
-from largeformer.stages.claim import CONFIG, belongs_to_another, holds_results, set_aside
-from largeformer.stages.weights import Source, find_source, shaped_like
+from largeformer.stages.common.claim import CONFIG, belongs_to_another, holds_results, set_aside
+from largeformer.stages.common.weights import Source, find_source, shaped_like
 
 ORIGIN = "origin.json"
 
