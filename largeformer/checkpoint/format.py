@@ -125,6 +125,8 @@ class ShardWriter:
             hashed = self._hasher.submit(self._hash.update, chunk)
             while chunk:
                 chunk = chunk[self._file.write(chunk) :]
+            # "Not needed in memory" has Linux begin to write it to the disk, while the next chunk is hashed.
+            os.posix_fadvise(self._file.fileno(), self._size + start, _CHUNK, os.POSIX_FADV_DONTNEED)
             hashed.result()
         self._size += len(data)
 

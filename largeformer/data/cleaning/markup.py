@@ -48,7 +48,7 @@ _COMMENT = re.compile(r"<!--(?:[^<]|<(?!!--))*?-->")
 _QUERY = re.compile(r"&(?=[A-Za-z]+[0-9]*=)")
 # A row's mark goes into its first cell.
 _ROW = re.compile(rf"(<tr(?=[\s>])[^<>]*>\s*<t[dh][^<>]*>{_CELL})", re.IGNORECASE)
-_PRE = re.compile(rf"(<pre(?=[\s>])[^<>]*>{_PARAGRAPH})\n?((?:[^<]++|<(?!/?pre\b))*+)(?=</pre\b)", re.IGNORECASE)
+_PRE = re.compile(rf"(<pre(?=[\s>])[^<>]*>{_PARAGRAPH})\n?([^<]*(?:<(?!/?pre\b)[^<]*)*)(?=</pre\b)", re.IGNORECASE)
 _MARKUP = re.compile(r"(<[^>]*>)")
 _BLANKS = re.compile(r"[ \t\n\r\f]{2,}|[\t\n\r\f]")
 _MARKS = re.compile(f"([{_PARAGRAPH}{_LINE}{_BREAK}{_CELL}][{_PARAGRAPH}{_LINE}{_BREAK}{_CELL} ]*)")
