@@ -98,7 +98,7 @@ def test_another_recipe_is_refused_and_fresh_sets_the_old_one_aside(recipe: Path
     assert (finished / "pretrain.old-1" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_launchers_train_the_same_at_tensor_parallel_2(recipe: Path, finished: Path, tmp_path: Path, launcher: str) -> None:
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "train.exit_iteration=2"]
     result = start("pretrain", "-c", str(recipe), f"run.output_dir={tmp_path}", *layout, launcher=launcher)

@@ -146,6 +146,7 @@ def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd
     assert (prune.run / "prune.old-1" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_chain_with_two_prunings(prune: Any, recipe: Path) -> None:
     stages = "[prepare, pretrain, {prune: {ffn_hidden_size: 64}}, {prune: {name: prune-2, method: depth, num_layers: 3}}]"
     assert cli.main(["run", "-c", str(recipe), f"run.output_dir={prune.run}", f"run.stages={stages}"]) == 0

@@ -109,6 +109,7 @@ def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
     assert parity["max_logit_difference"] < 1e-4, "the folder holds the very model of the stage"
 
 
+@pytest.mark.slow
 def test_layers_beyond_the_threshold_stay_floats_everywhere(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     assert quantize(copy) == 0
@@ -140,7 +141,8 @@ def test_a_finished_stage_is_kept_and_another_setting_is_refused(copy: Path, cap
     assert "hf-w8a16" in export(copy, "hf-w8a16")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_static", pytest.param("w4a16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8a8_static", "w4a16"])
 def test_two_ranks_find_the_integers_of_one(run: Path, tmp_path: Path, scheme: str) -> None:
     """The model was trained at pipeline parallel 2; at that layout the ranks read other text here, the other world splits tensors."""
     settings = [CALIBRATION, f"quantize.scheme={scheme}", "quantize.smoothquant={alpha: 0.5}", "quantize.group_size=32"]
@@ -236,6 +238,7 @@ def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pyte
     assert not (copy / "quantize" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_gpt2_becomes_integers_in_onnx_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     recipe = write_recipe(tmp_path, model=GPT2, quantize={"calibration": {"samples": 4}, "smoothquant": {"projections": True}})
