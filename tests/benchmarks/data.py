@@ -41,6 +41,7 @@ from largeformer.data.tokenization.training import train_tokenizer
 
 VOCAB_SIZE = 8192
 CLEANING = ["unicode", "whitespace", "placeholders", {"step": "length", "min_characters": 20}, "repetition"]
+SYMBOLS = ["<URL>", "<EMAIL>", "<NUM>"]
 ROUNDS = 7
 
 
@@ -102,7 +103,7 @@ def compare_encoding(corpus: Path, model: Path, folder: Path) -> None:
 
 def compare_workers(corpus: Path, model: Path, folder: Path) -> None:
     encoder = Encoder(load_tokenizer(model, TokenizerConfig(vocab_size=VOCAB_SIZE)), Cleaner(()), 2**23)
-    units = list(read_units(text_files(str(corpus)), 2**20, 2**23))[:16]
+    units = list(read_units(text_files(str(corpus)), 2**20, 2**23))[:64]
     tasks = [Task(unit, "text", folder) for unit in units]
 
     def seconds(workers: int) -> float:
@@ -111,7 +112,7 @@ def compare_workers(corpus: Path, model: Path, folder: Path) -> None:
             pass
         return time.monotonic() - begin
 
-    turns = [(seconds(1), seconds(2)) for _ in range(3)]
+    turns = [(seconds(1), seconds(2)) for _ in range(2)]
     one, two = (min(turn[i] for turn in turns) for i in range(2))
     print(f"workers: two are {one / two:.2f} x one ({one:.1f} s, {two:.1f} s for {len(units)} MiB, the processes' start included)")
 
@@ -190,7 +191,7 @@ def main() -> None:
         folder = Path(name)
         corpus, model = folder / "corpus.jsonl", folder / "tokenizer.model"
         make_corpus(corpus, arguments.megabytes)
-        train_tokenizer(base_texts(), TokenizerConfig(vocab_size=VOCAB_SIZE, sample_bytes=2**21), model)
+        train_tokenizer(base_texts(), TokenizerConfig(vocab_size=VOCAB_SIZE, sample_bytes=2**21, user_symbols=SYMBOLS), model)
         for part in arguments.parts or PARTS:
             PARTS[part](corpus, model, folder)
             sys.stdout.flush()

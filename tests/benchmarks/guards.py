@@ -143,7 +143,7 @@ if __name__ == "__main__":
         model=SHAPE,
         tokenizer={"vocab_size": 4096},
         train={
-            "precision": "bf16",
+            "precision": "fp32",
             "micro_batch_size": 4,
             "global_batch_size": 8,
             "train_iters": 100_000,
