@@ -101,7 +101,7 @@ def files_digest(sources: Sequence[Source]) -> str:
 
 def sample_documents(sources: Sequence[Source], limit: int, max_bytes: int) -> Iterator[tuple[Document, int]]:
     """Documents for a tokenizer to learn from, each with the bytes of text read for it: all, where the files have `limit` bytes or
-    less; else windows of 1 MiB, evenly spread over all files (of a compressed file, its beginning)."""
+    less; else windows of 1 MiB, evenly spread over all files."""
     files = [(file, source.text_key) for source in sources for file in source.files]
     blocks: Iterator[tuple[Block, str]]
     if sum(source.total_bytes for source in sources) <= limit:
@@ -140,17 +140,24 @@ def _all_blocks(source: Source, max_bytes: int) -> Iterator[tuple[Block, str]]:
 
 
 def _windows(files: Sequence[tuple[SourceFile, str]], limit: int) -> Iterator[tuple[Block, str]]:
+    """A window that begins near the end of a file goes on into those that follow. A place in a compressed file cannot be gone to: it
+    stands for as much of its beginning."""
     ends = list(itertools.accumulate(file.fingerprint[0] for file, _ in files))
     count = max(limit // _WINDOW, 1)
-    places = [ends[-1] * k // count for k in range(count)]
-    hits = [(bisect.bisect_right(ends, at), at) for at in places]
-    compressed = Counter(index for index, _ in hits if files[index][0].compression)
-    for index, at in hits:
-        file, key = files[index]
-        if not file.compression:
-            yield _window(file, at - (ends[index - 1] if index else 0), _WINDOW), key
-        elif compressed[index]:
-            yield _window(file, 0, _WINDOW * compressed.pop(index)), key
+    beginnings: Counter[int] = Counter()
+    for k in range(count):
+        at = ends[-1] * k // count
+        stop = min(at + _WINDOW, ends[-1])
+        while at < stop:
+            index = bisect.bisect_right(ends, at)
+            file, key = files[index]
+            size = min(stop, ends[index]) - at
+            if file.compression:
+                beginnings[index] += size
+            else:
+                yield _window(file, at - (ends[index - 1] if index else 0), size), key
+            at += size
+    yield from ((_window(files[index][0], 0, size), files[index][1]) for index, size in beginnings.items())
 
 
 def _window(file: SourceFile, offset: int, size: int) -> Block:
