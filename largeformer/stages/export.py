@@ -27,7 +27,7 @@ from largeformer.errors import BadInputError, StageFailed
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.claim import set_aside
-from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.inputs import Input, input_of, record
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import enter_world, reporting
 from largeformer.stages.export_source import onnx_latency, reference, sample_texts
@@ -50,9 +50,7 @@ _CLOCK_SLACK_S = 2.0
 class _Plan:
     """What is to be exported, found and checked by rank 0."""
 
-    recipe: Recipe
-    source: Source
-    folder: Path
+    given: Input
     parents: dict[str, str]
     identity: str
     formats: tuple[str, ...]
@@ -71,7 +69,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
             plan = world.from_main(lambda: _plan(given, fresh))
             if plan.done is not None:
                 return plan.done
-            expected = reference(plan.recipe, world.regroup(plan.recipe), plan.source, plan.folder / _SCRATCH)
+            expected = reference(plan.given.recipe, world.regroup(plan.given.recipe), plan.given.source, plan.given.folder / _SCRATCH)
         return _export(plan, expected) if expected is not None else _wait(plan, started)
 
 
@@ -81,10 +79,10 @@ def _plan(given: Input, fresh: bool) -> _Plan:
     recipe, origin = given.recipe, given.origin()
     identity, done = identity_hash(origin), Artifact.read(given.folder)
     if done is not None and done.identity == identity:
-        return _Plan(recipe, given.source, given.folder, origin["parents"], identity, (), done)
+        return _Plan(given, origin["parents"], identity, (), done)
     formats = chosen(_job(recipe, given.source))
     _claim(given.folder, recipe, fresh)
-    return _Plan(recipe, given.source, given.folder, origin["parents"], identity, tuple(formats), None)
+    return _Plan(given, origin["parents"], identity, tuple(formats), None)
 
 
 def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
@@ -127,12 +125,12 @@ def _job(recipe: Recipe, source: Source) -> Job:
 def _export(plan: _Plan, expected: Reference) -> Artifact:
     from largeformer.models.flops import parameter_count
 
-    job = _job(plan.recipe, plan.source)
-    texts = [] if plan.recipe.data.is_mock else sample_texts(plan.recipe, plan.source)
-    parameters = parameter_count(plan.recipe.model, plan.recipe.tokenizer.vocab_size)
+    job = _job(plan.given.recipe, plan.given.source)
+    texts = [] if plan.given.recipe.data.is_mock else sample_texts(plan.given.recipe, plan.given.source)
+    parameters = parameter_count(plan.given.recipe.model, plan.given.recipe.tokenizer.vocab_size)
     made, wrong = {}, []
     for name in plan.formats:
-        target = plan.folder / f"{name}{_UNFINISHED}"
+        target = plan.given.folder / f"{name}{_UNFINISHED}"
         target.mkdir()
         print(f"writing {name}", flush=True)
         made[name], problems = _write_and_compare(name, job, target, expected, texts)
@@ -141,15 +139,17 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
         _print(name, made[name])
     if wrong:
         kept = ", ".join(f"{name}{_UNFINISHED}" for name in plan.formats)
-        raise StageFailed([*wrong, f"nothing was exported; what was written lies in {plan.folder} for you to look at ({kept})"])
+        raise StageFailed([*wrong, f"nothing was exported; what was written lies in {plan.given.folder} for you to look at ({kept})"])
     for name in plan.formats:
-        (plan.folder / f"{name}{_UNFINISHED}").rename(plan.folder / name)
-    sync_folder(plan.folder)
-    shutil.rmtree(plan.folder / _SCRATCH)
-    metrics = {"checkpoint": plan.source.checkpoint.name, "parameters": parameters, "formats": made}
+        (plan.given.folder / f"{name}{_UNFINISHED}").rename(plan.given.folder / name)
+    sync_folder(plan.given.folder)
+    shutil.rmtree(plan.given.folder / _SCRATCH)
+    metrics = {"checkpoint": plan.given.source.checkpoint.name, "parameters": parameters, "formats": made}
     if "onnx" in plan.formats:
-        metrics["latency"] = onnx_latency(plan.folder / "onnx", plan.recipe.quality, plan.recipe.model.seq_length)
-    return Artifact(STAGE, plan.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
+        metrics["latency"] = onnx_latency(plan.given.folder / "onnx", plan.given.recipe.quality, plan.given.recipe.model.seq_length)
+    artifact = Artifact(STAGE, plan.given.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
+    record(plan.given, artifact)
+    return artifact
 
 
 def _write_and_compare(name: str, job: Job, target: Path, expected: Reference, texts: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -197,16 +197,16 @@ def _storable(figures: Mapping[str, Any]) -> dict[str, Any]:
 def _card(plan: _Plan, name: str, parameters: int, figures: Mapping[str, Any]) -> str:
     from largeformer.export.card import model_card
 
-    return model_card(plan.recipe.run.name, name, plan.recipe.model, parameters, list(_lineage(plan)), figures["parity"])
+    return model_card(plan.given.recipe.run.name, name, plan.given.recipe.model, parameters, list(_lineage(plan)), figures["parity"])
 
 
 def _lineage(plan: _Plan) -> Iterator[Any]:
     """The stages that led to the checkpoint, oldest first, as far as their manifests lie beside it."""
     from largeformer.export.card import Ancestor
 
-    run = plan.source.checkpoint.absolute().parent.parent.parent
+    run = plan.given.source.checkpoint.absolute().parent.parent.parent
     held = [artifact for artifact in map(Artifact.read, sorted(run.iterdir())) if artifact is not None]
-    by_identity = {artifact.identity: artifact for artifact in [plan.source.prepared, *held]}
+    by_identity = {artifact.identity: artifact for artifact in [plan.given.source.prepared, *held]}
     order: list[Artifact] = []
 
     def visit(identity: str) -> None:
@@ -234,10 +234,10 @@ def _print(name: str, figures: Mapping[str, Any]) -> None:
 def _wait(plan: _Plan, since: float) -> Artifact:
     """The artifact, as soon as rank 0 has finished: without a collective, which would time out. Raises BadInputError where it failed."""
     while True:
-        there = Artifact.read(plan.folder)
+        there = Artifact.read(plan.given.folder)
         if there is not None and there.identity == plan.identity:
             return replace(there)
-        status = read_status(plan.folder.parent) or {}
+        status = read_status(plan.given.folder.parent) or {}
         if status.get("status") == "failed" and status.get("stage") == STAGE and status.get("time", 0.0) >= since:
             raise BadInputError(f"export failed on rank 0: {status.get('error', 'no reason given')}")
         time.sleep(_POLL_S)

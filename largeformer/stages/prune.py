@@ -21,7 +21,7 @@ from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions, prepared_data
 from largeformer.stages.common.held_out import held_out_figures, held_out_loss
-from largeformer.stages.common.inputs import Input, claim_derived, input_of
+from largeformer.stages.common.inputs import Input, claim_derived, input_of, record
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.weights import inference_layout, load_model
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -145,9 +145,10 @@ def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -
         **work(given, written, world),
     }
     artifact = Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], metrics, library_versions(_LIBRARIES))
+    world.from_main(artifact.write)
     if world.info.is_main:
         _print(metrics)
-    world.from_main(artifact.write)
+        record(given, artifact)
     return artifact
 
 

@@ -24,7 +24,7 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions
-from largeformer.stages.common.inputs import Input, claim_derived, input_of
+from largeformer.stages.common.inputs import Input, claim_derived, input_of, record
 from largeformer.stages.common.training import LIBRARIES, TrainingJob, train
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -51,7 +51,12 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
         given = input_of(recipe, entry, source)
         done = _claim(given, world, fresh)
-        return done if done is not None else _finish(given, world, _unfinished(given), None)
+        if done is not None:
+            return done
+        made = _finish(given, world, _unfinished(given), None)
+        if world.info.is_main:
+            record(given, made)
+        return made
 
 
 def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry) -> Artifact | None:

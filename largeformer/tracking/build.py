@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from largeformer.artifact import Artifact
 from largeformer.config.tracking import TrackingConfig
 from largeformer.tracking.tracker import FanOut, Tracker
 
@@ -44,6 +45,18 @@ def build_trackers(
         trackers += _started("W&B", lambda: _wandb(tracking, folder, run_name, record, run_id, resume_step))
     trackers.append(ConsoleTracker(run_name, total_steps, resume_step))
     return FanOut(trackers, wandb_run_id)
+
+
+def record_artifact(
+    tracking: TrackingConfig, run_name: str, record: Mapping[str, Any], made: Artifact, sources: Sequence[Artifact]
+) -> None:
+    """In W&B, what a stage that trains nothing has made of `sources`: in a run of its own, which is all there is to tell of it. Nothing
+    where W&B is disabled; that it fails is a warning."""
+    if tracking.wandb.mode != "disabled":
+        run_id = uuid.uuid4().hex[:8]
+        tracker = FanOut(_started("W&B", lambda: _wandb(tracking, made.path, run_name, record, run_id, resume_step=0)))
+        tracker.artifact(made, sources)
+        tracker.close("finished")
 
 
 def _started(name: str, start: Callable[[], Tracker]) -> list[Tracker]:

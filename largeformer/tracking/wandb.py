@@ -125,7 +125,7 @@ class WandbTracker(Tracker):
     def _described(self, made: Artifact) -> wandb.Artifact:
         """Name, identity, parents, metrics, and the files that say how it was made. Weights stay where they are: they are large."""
         metadata = {"identity": made.identity, "parents": made.parents, "metrics": made.metrics, "versions": made.versions}
-        described = wandb.Artifact(f"{_plain(self._name)}-{made.kind}", type=made.kind, metadata=metadata)
+        described = wandb.Artifact(f"{_plain(self._name)}-{_plain(made.path.name)}", type=made.kind, metadata=metadata)
         for name in (MANIFEST, "config.yaml"):
             if (made.path / name).exists():
                 described.add_file(str(made.path / name), policy="immutable")  # not copied to W&B's own folder first
@@ -160,6 +160,7 @@ def _start(mode: str, config: WandbConfig, folder: Path, name: str, record: Mapp
         project=config.project,
         entity=config.entity,
         group=config.group,
+        job_type=folder.name,
         tags=config.tags,
         name=name,
         id=run_id,

@@ -18,7 +18,7 @@ import wandb
 from largeformer.artifact import Artifact
 from largeformer.config.tracking import TrackingConfig, WandbConfig
 from largeformer.tracking import wandb as adapter
-from largeformer.tracking.build import build_trackers
+from largeformer.tracking.build import build_trackers, record_artifact
 from largeformer.tracking.jsonl import JsonlTracker
 from largeformer.tracking.wandb import WandbTracker
 from largeformer.tracking.wandb_login import has_key, login_problems
@@ -99,7 +99,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from largeformer.config.tracking import TrackingConfig
-from largeformer.tracking.build import build_trackers
+from largeformer.tracking.build import build_trackers, record_artifact
 from largeformer.tracking.wandb_file import logged_rows
 trackers = build_trackers(TrackingConfig(tensorboard=False), Path(sys.argv[1]), "r", {}, 0, 9, wandb_run_id="abc")
 for step in range(1, 6):
@@ -182,6 +182,19 @@ def test_artifacts_and_their_lineage(tmp_path: Path) -> None:
     assert made.manifest.contents[0].local_path == str(trained.path / "manifest.json")
 
 
+def test_a_stage_that_trains_nothing_records_its_artifact_alone(tmp_path: Path) -> None:
+    trained = Artifact("pretrain", tmp_path / "pretrain", "2" * 16).write()
+    pruned = Artifact("prune", tmp_path / "prune-2", "3" * 16, {"pretrain": "2" * 16}, {"parameters_kept": 0.85}).write()
+    record_artifact(TrackingConfig(wandb=WandbConfig(mode="offline")), "a run", {"recipe": {}}, pruned, [trained])
+    records = list(only_run(pruned.path))
+    used, made = (r.request.log_artifact.artifact if r.HasField("request") else r.artifact for r in records if is_artifact(r))
+    assert (used.name, used.use_after_commit, made.name, made.type) == ("a-run-pretrain", True, "a-run-prune-2", "prune")
+    assert [r.run.job_type for r in records if r.HasField("run")] == ["prune-2"]
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [0]
+    record_artifact(TrackingConfig(wandb=WandbConfig(mode="disabled")), "a run", {}, trained, [])
+    assert not (trained.path / "wandb").exists()
+
+
 def is_artifact(record: Any) -> bool:
     return record.HasField("artifact") or (record.HasField("request") and record.request.HasField("log_artifact"))
 
@@ -216,7 +229,7 @@ DEAD = """
 import os, signal, sys
 from pathlib import Path
 from largeformer.config.tracking import TrackingConfig
-from largeformer.tracking.build import build_trackers
+from largeformer.tracking.build import build_trackers, record_artifact
 trackers = build_trackers(TrackingConfig(tensorboard=False), Path(sys.argv[1]), "r", {}, resume_step=0, total_steps=39)
 trackers.log({"step": 1, "loss": 1.0})
 for process in Path("/proc").glob("[0-9]*"):
@@ -261,7 +274,7 @@ import os, sys
 from pathlib import Path
 from largeformer.config.tracking import TrackingConfig, WandbConfig
 from largeformer.tracking import wandb as adapter
-from largeformer.tracking.build import build_trackers
+from largeformer.tracking.build import build_trackers, record_artifact
 from tests.tracking.wandb_server import wandb_server
 adapter.FINISH_SECONDS = 3.0
 tracking = TrackingConfig(wandb=WandbConfig(mode="online"), tensorboard=False)

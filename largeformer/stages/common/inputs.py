@@ -85,6 +85,15 @@ def claim_derived(given: Input, origin: Mapping[str, Any], *, fresh: bool) -> Ar
     return None
 
 
+def record(given: Input, made: Artifact) -> None:
+    """Tell W&B, where the recipe wants it, what the stage has made of its parents. On rank 0 only."""
+    from largeformer.tracking.build import record_artifact
+    from largeformer.tracking.provenance import git_state
+
+    told = {"recipe": given.recipe.model_dump(mode="json"), "git": git_state(Path.cwd()), "versions": made.versions}
+    record_artifact(given.recipe.tracking, given.recipe.run.name, told, made, list(given.parents.values()))
+
+
 def _damaged(folder: Path) -> bool:
     """Whether a finished stage's checkpoint is not what was written, as far as sizes tell; its hashes are looked at where it is read."""
     from largeformer.checkpoint.commit import newest
