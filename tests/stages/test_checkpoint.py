@@ -210,6 +210,7 @@ def test_nothing_runs_that_is_hidden_in_a_file(run: Path, tmp_path: Path, name: 
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(recipe: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The last test of this run: it goes on from step 3, over the damaged step 4, to the end."""
     damaged = newest(run) / "optimizer" / "rank_00000.safetensors"

@@ -99,6 +99,7 @@ def test_later_stages_read_the_students_shape_by_themselves(finished: Path, caps
     assert largeformer("generate", "--from", str(finished / "distill"), "--prompt", "1 2 3", "--max-new-tokens", "2") == 0
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_skipped_and_a_changed_one_runs_again(trained: Path) -> None:
     recipe = str(write_recipe(trained.parent))
     assert largeformer("run", "-c", recipe) == 0

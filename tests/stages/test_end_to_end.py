@@ -88,6 +88,7 @@ def test_a_finished_run_is_not_run_again(recipe: Path, finished: Path) -> None:
     assert (finished / "pretrain" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_and_fresh_sets_the_old_one_aside(recipe: Path, finished: Path, tmp_path: Path) -> None:
     refused = start("pretrain", "-c", str(recipe), "optimizer.lr=0.002")
     assert refused.returncode == 2
@@ -110,6 +111,7 @@ def test_launchers_train_the_same_at_tensor_parallel_2(recipe: Path, finished: P
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_from_another_layout(recipe: Path, finished: Path) -> None:
     arguments = ["generate", "--from", str(finished), "--prompt", "def load(", "--temperature", "0"]
     alone = start(*arguments)

@@ -119,6 +119,7 @@ def test_a_rank_that_sleeps_for_ever_is_seen_and_every_stack_written(tmp_path: P
     assert all("train_step" in stack and "no progress" in stack for stack in stacks)
 
 
+@pytest.mark.slow
 def test_a_dead_rank_0_does_not_leave_a_running_status_behind(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     ended = launch(path, faults=f"0 {FORWARD} 4 SIGKILL")
@@ -126,6 +127,7 @@ def test_a_dead_rank_0_does_not_leave_a_running_status_behind(tmp_path: Path) ->
     assert status(path)["status"] == "failed" and status(path)["error"].startswith("rank 1: ")
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_once_and_for_good(tmp_path: Path) -> None:
     """Samples 120 to 127, of step 16, make a loss 50 times as high. The run goes back to step 12 and leaves out all from there; it
     is killed at once, and the next one knows."""

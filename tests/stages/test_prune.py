@@ -122,6 +122,7 @@ GRADUAL = (
 )
 
 
+@pytest.mark.slow
 def test_a_gradual_schedule_interrupted_is_the_same(prune: Any, trained: Path, recipe: Path, tmp_path: Path) -> None:
     """Stopped in the middle of the schedule and gone on with, and never stopped: the same weights, bit for bit."""
     assert prune(*GRADUAL, "prune.train={train_iters: 6, eval_interval: 6, exit_iteration: 3}") == 0

@@ -129,6 +129,7 @@ def test_layers_beyond_the_threshold_stay_floats_everywhere(copy: Path, capfd: p
     assert formats["onnx"]["parity"]["model_int8"]["float_products"] == len(ignored)
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_kept_and_another_setting_is_refused(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert quantize(copy) == 0
     written = (copy / "quantize" / "quantization.json").stat().st_mtime_ns
@@ -262,6 +263,7 @@ QAT = [
 ]
 
 
+@pytest.mark.slow
 def test_training_with_rounding_goes_on_and_is_exported(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Stopped after two of three steps; its validation is of the rounded model, and the export agrees with the stage's own comparison."""
     arguments = [*QAT, "quantize.scheme=w4a16", "quantize.group_size=32", "parallel.pipeline_model_parallel_size=1"]
@@ -285,6 +287,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_pruned_weights_stay_zero(copy: Path, settings: list[str]) -> None:
     alone = "parallel.pipeline_model_parallel_size=1"
