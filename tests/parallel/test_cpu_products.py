@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from largeformer.parallel import cpu_products
 from largeformer.parallel.cpu_products import Bf16ProductsInFp32, products_for
@@ -14,6 +15,19 @@ from largeformer.parallel.cpu_products import Bf16ProductsInFp32, products_for
 
 def _bf16(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+class Computed(TorchDispatchMode):
+    """Around the conversion: the dtypes in which products are computed in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in cpu_products._PRODUCTS:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 PRODUCTS = {
@@ -33,9 +47,10 @@ def test_a_product_and_its_gradients_are_float64s_rounded_once(product, operands
     expected = product(*wide)
     slope = _bf16(*expected.shape)
     expected.backward(slope.double())
-    with Bf16ProductsInFp32():
+    with Computed() as computed, Bf16ProductsInFp32():
         found = product(*leaves)
         found.backward(slope)
+    assert computed.dtypes == {torch.float32}
     for ours, reference in zip([found, *(leaf.grad for leaf in leaves)], [expected, *(leaf.grad for leaf in wide)], strict=True):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.double(), reference.double(), rtol=2**-8, atol=1e-5)
@@ -44,8 +59,9 @@ def test_a_product_and_its_gradients_are_float64s_rounded_once(product, operands
 def test_a_product_may_be_written_into_a_tensor():
     left, right = _bf16(5, 96), _bf16(96, 7)
     out = torch.zeros(10, 7, dtype=torch.bfloat16)
-    with Bf16ProductsInFp32():
+    with Computed() as computed, Bf16ProductsInFp32():
         returned = torch.mm(left, right, out=out[5:])
+    assert computed.dtypes == {torch.float32}
     assert returned.data_ptr() == out[5:].data_ptr() and not out[:5].any()
     torch.testing.assert_close(out[5:].double(), left.double() @ right.double(), rtol=2**-8, atol=1e-5)
 
