@@ -97,7 +97,8 @@ def input_scales(
     """
     largest = {linear: found.amax() for linear, found in channel_ranges(model, linears, batches, groups).items()}
     if observer != "minmax":
-        seen = {linear: Histogram(found.clamp_min(torch.finfo(torch.float32).tiny)) for linear, found in largest.items()}
+        # Inputs that are all 0 have a range too: one below any that a scale tells apart, and by which bins can be divided.
+        seen = {linear: Histogram(found.clamp_min(torch.finfo(torch.float32).eps)) for linear, found in largest.items()}
         observe(model, seen, batches, groups)
         largest = {linear: found.percentile(percent) if observer == "percentile" else found.least_error() for linear, found in seen.items()}
     return {linear: token_scales(found).reshape(1) for linear, found in largest.items()}

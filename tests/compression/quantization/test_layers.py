@@ -100,6 +100,24 @@ def test_alike_at_every_layout(ranks: Any, name: str, observer: str) -> None:
         assert difference < 0.2 * error, layout
 
 
+def without_input(ranks: RankContext, recipe: Recipe, observer: str) -> dict[str, float]:
+    """The scales where the first layer's attention hands nothing on."""
+    with model_on(ranks, recipe) as model, torch.no_grad():
+        each = [linear for layer in linears(model.chunk, model.shards, model.groups) for linear in layer]
+        (qkv,) = [linear for linear in each if linear.name == "decoder.layers.0.self_attention.linear_qkv"]
+        qkv.module.weight.zero_()  # type: ignore[operator, union-attr]
+        found = input_scales(model.chunk, each, model.batches(recipe, 2), model.groups, observer, 99.0)  # type: ignore[arg-type]
+        return {linear.name: scale.item() for linear, scale in found.items()}
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_inputs_that_are_all_zero_have_a_scale(ranks: Any, observer: str) -> None:
+    (scales,) = ranks(1).run(without_input, tiny_recipe(model=LLAMA), observer)
+    least = torch.finfo(torch.float32).eps
+    assert scales.pop("decoder.layers.0.self_attention.linear_proj") == pytest.approx(least)
+    assert all(least < scale < 1e3 for scale in scales.values())
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_client_computes_what_evaluation_did(ranks: Any, name: str, tmp_path: Path) -> None:
     """The folder that is exported by these scales, opened by transformers: logits differ by the order of sums alone."""
