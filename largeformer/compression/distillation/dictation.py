@@ -44,9 +44,10 @@ class Dictation:
         while text.consumed_samples < until and problem is None and not stopped:
             batches = [batch.to(self.device) for batch in text.next()]
             missing = [batch for batch in batches if not all(sample in held for sample in batch.sample_ids)]
-            # Within one copy of the model all ranks have the same batches, and miss the same.
+            # Within one copy of the model all ranks have the same batches, and miss the same. Pipelines run whole global batches alone:
+            # an interleaved one needs as many micro batches as it has stages.
             if missing:
-                problem = self._take_down(missing, writer)
+                problem = self._take_down(missing if self.groups.layout.pipeline == 1 else batches, held, writer)
             failed, asked = self.groups.largest_of([problem is not None, interrupted()])
             stopped = bool(asked)
             if failed and problem is None:
@@ -60,16 +61,17 @@ class Dictation:
             raise problem or OSError("another rank could not write its part")
         return not stopped
 
-    def _take_down(self, batches: Sequence[Batch], writer: AnswerWriter) -> OSError | None:
+    def _take_down(self, batches: Sequence[Batch], held: Container[int], writer: AnswerWriter) -> OSError | None:
         self.teacher.begin(batches)
         if self.groups.layout.pipeline == 1:
             self.teacher.run(batches)
         problem = None
         for batch in batches if self.groups.is_last_stage else ():
-            ids, values, rest = self._answer(batch)
-            if self.groups.coordinates.tensor == 0 and problem is None:
+            new = [row for row, sample in enumerate(batch.sample_ids) if sample not in held]
+            ids, values, rest = (said[new] for said in self._answer(batch))
+            if self.groups.coordinates.tensor == 0 and problem is None and new:
                 try:
-                    writer.add(batch.sample_ids, ids, values, rest)
+                    writer.add([batch.sample_ids[row] for row in new], ids, values, rest)
                 except OSError as error:
                     problem = error
         return problem

@@ -110,6 +110,18 @@ def test_what_is_there_is_not_asked_again(alone: Path, ranks: Callable[[int], Ra
     assert all(np.array_equal(a, b) for n, there in answers(alone).items() for a, b in zip(there, answers(tmp_path)[n], strict=True))
 
 
+def test_an_interleaved_pipeline_is_asked_for_the_one_that_is_missing(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """Its schedule needs as many micro batches as it has stages."""
+    interleaved = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+    recipe, missing = sgd_recipe(model={"num_layers": 4}, parallel=interleaved), 3
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    for folder, held in ((whole, set()), (rest, set(range(SAMPLES)) - {missing})):
+        claim(folder, {})
+        assert ranks(2).run(dictate, recipe, folder, False, held) == [True, True]
+    assert sorted(index(whole)) == list(range(SAMPLES)) and list(index(rest)) == [missing]
+    assert all(np.array_equal(a, b) for a, b in zip(answers(whole)[missing], answers(rest)[missing], strict=True))
+
+
 def cannot_write(ranks: RankContext, recipe: Recipe, folder: Path) -> str:
     """Rank 0 has no place to write to."""
     try:
