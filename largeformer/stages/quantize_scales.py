@@ -107,10 +107,12 @@ class _Work:
         smooth(self.model, self.linears, ranges, self.recipe.model, settings.alpha, settings.projections)
 
     def input_scales(self) -> dict[Linear, torch.Tensor]:
+        """float32, but numbers that the weights' dtype holds, in which an export stores them."""
         from largeformer.compression.quantization.calibration import input_scales
 
         settings = self.settings
-        return input_scales(self.model, self.rounded, self.batches, self.world.groups, settings.observer, settings.percentile)
+        found = input_scales(self.model, self.rounded, self.batches, self.world.groups, settings.observer, settings.percentile)
+        return {linear: scale.to(self.dtype).float() for linear, scale in found.items()}
 
     def as_kept(self) -> None:
         """Every weight becomes the number that the checkpoint's dtype has for it."""

@@ -16,6 +16,7 @@ from largeformer import cli
 from largeformer.compression.quantization.description import Description, read_description
 from largeformer.compression.quantization.schemes import rounded
 from largeformer.config.load import load_recipe
+from largeformer.config.schema import Recipe
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.hf_mapping import to_hugging_face
 from tests.recipes import GPT2
@@ -95,6 +96,13 @@ def test_static_scales_reach_the_client_and_fused_layers_share_theirs(copy: Path
     assert "input_activations" in json.dumps(config) and f"{layer}.mlp.up_proj.input_scale" not in found["hf-int8"]
     norms = [name for name in found["hf"] if "layernorm" in name]
     assert all((found["hf"][name] != 1).any() for name in norms), "smoothing lies in the norms"
+
+
+def test_static_scales_are_measured_in_the_dtype_that_is_exported(copy: Path) -> None:
+    settings = ["quantize.scheme=w8a8_static", "train.precision=bf16", "quantize.evaluation_tokens=256"]
+    assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *settings) == 0
+    for module, given in description(copy).given.items():
+        assert given.input_scale is not None and torch.equal(given.input_scale.bfloat16().float(), given.input_scale), module
 
 
 def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
@@ -187,7 +195,12 @@ def _integers(run: Path) -> dict[str, torch.Tensor]:
 BAD = {
     "group size": (
         ["quantize.scheme=w4a16", "quantize.group_size=48"],
-        "quantize.group_size 48 does not divide 64, the inputs of 24 layers",
+        "quantize.group_size 48 does not divide 64, the inputs of 24 layers such as model.layers.0.self_attn.q_proj: choose a divisor, or "
+        "list them in quantize.keep_float",
+    ),
+    "group size, beside layers that stay floats": (
+        ["quantize.scheme=w4a16", "quantize.group_size=64", "quantize.keep_float=[model.layers.0.mlp.down_proj]"],
+        "quantize.group_size 64 does not divide 96, the inputs of 3 layers such as model.layers.1.mlp.down_proj",
     ),
     "unknown layer": (["quantize.keep_float=[model.layers.9.mlp.up_proj]"], "quantize.keep_float names model.layers.9.mlp.up_proj"),
     "unknown scheme": (["quantize.scheme=w2"], "quantize.scheme is 'w2', which is none of w8a8"),
@@ -195,10 +208,6 @@ BAD = {
     "no text": (["quantize.calibration.text=empty.txt"], "the calibration text has 0 tokens"),
     "text that is not there": (["quantize.calibration.text=nowhere.txt"], "calibration.text nowhere.txt cannot be read"),
     "observer of the weights": (["quantize.method=qat", "quantize.weight_observer=mse"], "does not go with quantize.method qat"),
-    "shards of groups": (
-        ["quantize.method=qat", "quantize.scheme=w4a16", "quantize.group_size=32", "parallel.tensor_model_parallel_size=2"],
-        "quantize.group_size 32 does not divide 48, the inputs of model.layers.0.mlp.down_proj on one of 2 tensor-parallel ranks",
-    ),
 }
 
 
@@ -209,18 +218,44 @@ def test_bad_input_exits_with_2_and_leaves_everything(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.name != "status.json"}
-    if "parallel" in overrides[-1]:
-        from largeformer.errors import BadInputError
-        from largeformer.stages.quantize_checks import check
-
-        with pytest.raises(BadInputError, match=sentence):
-            check(load_recipe(str(copy / "pretrain" / "config.yaml"), overrides))
-        return
     assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *overrides) == 2
     error = capfd.readouterr().err
     assert sentence in error and "Traceback" not in error
     assert before.items() <= {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}.items()
     assert not (copy / "quantize" / "manifest.json").exists()
+
+
+SHARDS_OF_GROUPS = ["quantize.method=qat", "quantize.scheme=w4a16", "quantize.group_size=32", "parallel.tensor_model_parallel_size=2"]
+SHARDS_SENTENCE = "quantize.group_size 32 does not divide 48, the inputs of model.layers.0.mlp.down_proj on one of 2 tensor-parallel ranks"
+
+
+def test_groups_that_do_not_fit_a_shard() -> None:
+    from largeformer.errors import BadInputError
+    from largeformer.stages.quantize_checks import check
+
+    def recipe(*overrides: str) -> Recipe:
+        return load_recipe("quickstart", ["model.ffn_hidden_size=96", "model.hidden_size=64", *SHARDS_OF_GROUPS, *overrides])
+
+    with pytest.raises(BadInputError, match=SHARDS_SENTENCE):
+        check(recipe())
+    kept = [f"model.layers.{layer}.mlp.down_proj" for layer in range(recipe().model.num_layers)]
+    check(recipe(f"quantize.keep_float=[{', '.join(kept)}]"))
+
+
+@pytest.mark.slow
+def test_groups_that_do_not_fit_a_shard_end_with_2_and_leave_everything(copy: Path) -> None:
+    alone = "parallel.pipeline_model_parallel_size=1"
+    done = start("quantize", "--from", str(copy), CALIBRATION, alone, *SHARDS_OF_GROUPS, launcher="torchrun")
+    assert SHARDS_SENTENCE in done.stderr and "Traceback (most" not in done.stdout
+    assert "exitcode  : 2" in done.stderr, done.stderr[-3000:]
+    assert not (copy / "quantize").exists()
+
+
+def test_layers_that_stay_floats_may_be_of_any_size(copy: Path) -> None:
+    kept = [f"model.layers.{layer}.mlp.down_proj" for layer in range(4)]
+    settings = ["quantize.scheme=w4a16", "quantize.group_size=64", "quantize.evaluation_tokens=256", "quantize.error_threshold=10"]
+    assert quantize(copy, *settings, f"quantize.keep_float=[{', '.join(kept)}]") == 0
+    assert metrics(copy)["float_layers"] == kept
 
 
 def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
