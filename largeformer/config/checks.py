@@ -14,11 +14,14 @@ from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.distill import distill_problems
 from largeformer.config.guards import guards_problems
 from largeformer.config.prune import prune_problems
+from largeformer.config.quality import quality_problems
 from largeformer.config.quantize import quantize_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.config.tokenizer_rules import tokenizer_problems
 from largeformer.layout import batch_problems, shape_problems
+
+_NO_MODEL = ("prepare", "evaluate", "export")
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
@@ -40,6 +43,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *distill_problems(recipe),
         *quantize_problems(recipe.quantize),
         *chain_problems(recipe),
+        *quality_problems(recipe.quality, {entry.name: entry.stage not in _NO_MODEL for entry in recipe.run.stages}),
         *prune_problems(recipe.prune, recipe.train.train_iters),
     ]
 

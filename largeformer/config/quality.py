@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 from pydantic import Field
 
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
+from largeformer.config.sentences import did_you_mean
 
 
 class LimitsConfig(Section):
@@ -29,3 +31,13 @@ class QualityConfig(Section):
     threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     rounds: PositiveInt = 10
     limits: dict[str, LimitsConfig] = Field(default_factory=dict)
+
+
+def quality_problems(quality: QualityConfig, stages: Mapping[str, bool]) -> Iterator[str]:
+    """Limits of what is no stage, or leaves no model. stages: those of the chain, by name, and whether each leaves one."""
+    models = [name for name, leaves in stages.items() if leaves]
+    for name in quality.limits:
+        if name not in stages:
+            yield f"quality.limits names {name}, which is none of run.stages ({', '.join(stages)}){did_you_mean(name, models)}"
+        elif name not in models:
+            yield f"quality.limits names {name}, which leaves no model to be compared: name one of {', '.join(models)}, or leave it out"

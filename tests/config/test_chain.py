@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from largeformer.config.chain import at_stage, entry_named
+from largeformer.config.checks import recipe_problems
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.source import read_yaml
 from largeformer.errors import BadInputError
@@ -61,3 +62,24 @@ def test_what_is_refused(stages: list[Any], sentence: str, tmp_path: Path) -> No
     with pytest.raises(BadInputError) as caught:
         load_recipe(str(path))
     assert any(sentence in problem for problem in caught.value.problems), caught.value.problems
+
+
+LIMITS = {
+    "a slip": ("distil", "is none of run.stages (prepare, pretrain, distill, distill-2, export); did you mean distill?"),
+    "no stage of this chain": ("prune", "is none of run.stages (prepare, pretrain, distill, distill-2, export)"),
+    "no model": ("export", "leaves no model to be compared: name one of pretrain, distill, distill-2, or leave it out"),
+}
+
+
+@pytest.mark.parametrize(("name", "sentence"), LIMITS.values(), ids=LIMITS)
+def test_limits_of_what_is_not_measured(name: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_yaml(tiny_recipe(run={"stages": [*TWICE, "export"]}, quality={"limits": {name: {"max_kl": 1.0}}})))
+    with pytest.raises(BadInputError) as caught:
+        load_recipe(str(path))
+    assert caught.value.problems == [f"quality.limits names {name}, which {sentence}"]
+
+
+def test_limits_of_what_is() -> None:
+    tiny = tiny_recipe(run={"stages": TWICE}, quality={"limits": {"distill-2": {"max_kl": 1.0}}})
+    assert recipe_problems(tiny) == []
