@@ -72,6 +72,21 @@ class Artifact:
         return cls(path=folder, **{name: raw[name] for name in wanted})
 
 
+def size_problems(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """A sentence for each file below `folder` that is missing, or has another size than it was written with."""
+    problems = []
+    for name, written in sizes.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            problems.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} cannot be read ({error})")
+            continue
+        if size != written:
+            problems.append(f"{path} has {size:,} bytes, and was written with {written:,}")
+    return problems
+
+
 def identity_hash(payload: Mapping[str, Any]) -> str:
     """16 hex digits of the SHA-256 of `payload` as JSON with sorted keys: the same on every machine, whatever the order of keys."""
     canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -58,21 +58,6 @@ def read_manifest(folder: Path) -> Files:
     return {name: _digest(folder, name, entry) for name, entry in record["files"].items()}
 
 
-def size_problems(folder: Path, files: Mapping[str, Digest]) -> list[str]:
-    """A sentence for each file that is missing, or has another size than it was written with."""
-    problems = []
-    for name, digest in files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            problems.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} cannot be read ({error})")
-            continue
-        if size != digest.size:
-            problems.append(f"{path} has {size:,} bytes, and was written with {digest.size:,}")
-    return problems
-
-
 def hash_problems(folder: Path, name: str, digest: Digest) -> list[str]:
     """The sentence about a file whose contents have changed; reads all of it."""
     path = folder / name

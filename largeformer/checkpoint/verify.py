@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from largeformer.artifact import size_problems
 from largeformer.checkpoint.commit import candidates, is_checkpoint
-from largeformer.checkpoint.manifest import DamagedError, Digest, Files, hash_problems, read_manifest, size_problems
+from largeformer.checkpoint.manifest import DamagedError, Digest, Files, hash_problems, read_manifest
 from largeformer.errors import BadInputError
 from largeformer.parallel.agreement import from_main, gather
 
@@ -74,7 +75,7 @@ def _look(checkpoint: Path) -> tuple[Files, list[str]]:
         files = read_manifest(checkpoint)
     except DamagedError as error:
         return {}, error.problems
-    return files, size_problems(checkpoint, files)
+    return files, size_problems(checkpoint, {name: digest.size for name, digest in files.items()})
 
 
 def _hash_share(checkpoint: Path, files: Mapping[str, Digest]) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, sync_folder, write_atomically
+from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, size_problems, sync_folder, write_atomically
 from largeformer.config.chain import StageEntry, entry_named
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
@@ -79,7 +79,11 @@ def _plan(given: Input, fresh: bool) -> _Plan:
     recipe, origin = given.recipe, given.origin()
     identity, done = identity_hash(origin), Artifact.read(given.folder)
     if done is not None and done.identity == identity:
-        return _Plan(given, origin["parents"], identity, (), done)
+        damage = [problem for name, made in done.metrics["formats"].items() for problem in size_problems(done.path / name, made["bytes"])]
+        if not damage:
+            return _Plan(given, origin["parents"], identity, (), done)
+        print(f"the export is damaged ({'; '.join(damage)}): it is set aside, and made anew", flush=True)
+        fresh = True
     formats = chosen(_job(recipe, given.source))
     _claim(given.folder, recipe, fresh)
     return _Plan(given, origin["parents"], identity, tuple(formats), None)

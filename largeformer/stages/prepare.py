@@ -17,12 +17,12 @@ import os
 import time
 from pathlib import Path
 
-from largeformer.artifact import Artifact, identity_hash, read_status
+from largeformer.artifact import Artifact, identity_hash, read_status, size_problems
 from largeformer.config.schema import Recipe
 from largeformer.data.preparation.workspace import Workspace
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages.common.claim import claim
+from largeformer.stages.common.claim import claim, set_aside
 from largeformer.stages.common.prepared_data import KIND, stage_folder
 from largeformer.stages.common.world import reporting
 from largeformer.stages.prepare_folder import Preparation, check_base
@@ -42,6 +42,15 @@ def run(recipe: Recipe, *, fresh: bool = False, append: bool = False) -> Artifac
     identity = identity_hash(recipe.identity(KIND))
     with reporting(recipe, KIND), StopSignals.current().at_once():
         there = Artifact.read(folder)
+        if there is not None and there.identity == identity and (problems := _damage(there)):
+            if not fresh:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                raise BadInputError(
+                    f"{folder} has finished, but {problems[0]}{more}: restore it, since models were trained on it, or pass --fresh to set "
+                    "the folder aside and prepare anew"
+                )
+            set_aside(folder)
+            there = None
         if there is not None:
             Workspace(folder).remove_if_done()
         if there is not None and append:
@@ -74,7 +83,7 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
     since = since if since is not None else _process_start() - _CLOCK_SLACK_S
     while True:
         there = Artifact.read(folder)
-        if there is not None and there.identity == identity:
+        if there is not None and there.identity == identity and not _damage(there):
             return there
         status = read_status(folder.parent) or {}
         if status.get("status") == "failed" and status.get("stage") == KIND and status.get("time", 0.0) >= since:
@@ -89,6 +98,11 @@ def wait_or_load(recipe: Recipe, *, since: float | None = None, poll_seconds: fl
                 f"no {folder / 'manifest.json'} after {timeout:g} s: is the rank that runs prepare alive, and the folder shared?"
             )
         time.sleep(poll_seconds)
+
+
+def _damage(artifact: Artifact) -> list[str]:
+    """What has become of the files that later stages read, as far as sizes tell; nothing is known of what an older version prepared."""
+    return size_problems(artifact.path, artifact.metrics.get("files", {}))
 
 
 def _process_start() -> float:

@@ -37,6 +37,7 @@ from largeformer.stages.prepare_report import REPORT, Results, table
 
 logger = logging.getLogger(__name__)
 _SAMPLE_FACTOR = 8  # text read for each byte that the tokenizer is trained on
+_READ = ("tokenizer.*", "*.bin", "*.idx")  # what later stages read
 _ALONE_BYTES = 2**21  # less text than this is encoded before another process has started
 
 
@@ -65,6 +66,7 @@ class Preparation:
             results = Results(self.recipe, self.work, new, tokenizer)
             statistics, metrics = results.write()
         self.work.switch(lambda: (self.folder / MANIFEST).unlink(missing_ok=True))
+        metrics["files"] = {path.name: path.stat().st_size for pattern in _READ for path in sorted(self.folder.glob(pattern))}
         artifact = Artifact("prepare", self.folder, identity, metrics=metrics, versions=library_versions(self._libraries)).write()
         self.work.remove()
         table(statistics, metrics, self.folder)

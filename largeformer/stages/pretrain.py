@@ -9,6 +9,7 @@ from largeformer.config.schema import Recipe
 from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
+from largeformer.stages.common.damage import check_training
 from largeformer.stages.common.training import TrainingJob, train
 from largeformer.stages.common.world import check_world, enter_world, reporting
 
@@ -23,6 +24,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     cut_short = interruptions.cut_short(recipe)
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
+        world.from_main(lambda: check_training(folder, identity_hash(recipe.identity(STAGE)), fresh))
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
         artifact = world.from_main(lambda: Artifact.read(folder))
         if artifact is None:
