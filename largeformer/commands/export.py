@@ -27,13 +27,16 @@ def export(
 
 def import_folder(
     source: Annotated[
-        Path, typer.Option("--from", metavar="FOLDER", help="A Hugging Face folder: config.json, safetensors, tokenizer.model.")
+        Path,
+        typer.Option(
+            "--from", metavar="FOLDER", help="A Hugging Face folder (config.json, safetensors, tokenizer), or one of our own (config.yaml)."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="The run folder to make.")],
     overrides: Overrides = None,
     fresh: Fresh = False,
 ) -> int:
-    """A Hugging Face folder to a largeformer checkpoint."""
+    """A Hugging Face or exported folder to a largeformer checkpoint."""
     from largeformer.stages import import_ as stage
 
     return exit_code(stage.run(source, output, overrides or [], fresh=fresh))

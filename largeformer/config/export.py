@@ -8,7 +8,7 @@ from pydantic import Field
 
 from largeformer.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 
-ExportFormat = Literal["hf", "hf-int8", "hf-int8-static", "hf-w8a16", "hf-int4", "onnx"]
+ExportFormat = Literal["hf", "hf-int8", "hf-int8-static", "hf-w8a16", "hf-int4", "onnx", "largeformer"]
 
 
 class ThresholdsConfig(Section):

@@ -18,10 +18,12 @@ _SHOWN = (
     ("top1_agreement", "same likeliest token", "{:.2%}"),
 )
 _OPEN = {
-    "hf": 'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-    'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{folder}/model_int8.onnx")',
+    "hf": '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained(".")\n'
+    'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+    "onnx": '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("./model_int8.onnx")\n```',
+    "largeformer": "```\nlargeformer import --from . -o runs/imported\n```",
 }
+_LIBRARIES = {"hf": "transformers"}
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,12 @@ def model_card(
     name: str, format_name: str, model: ModelConfig, parameters: int, lineage: Sequence[Ancestor], parity: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """Markdown with the header that model hubs read. lineage: oldest first; parity: file -> figures of the gate."""
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [largeformer]", "---"]
-    if format_name == "onnx":
-        head[1] = "library_name: onnx"
+    kind = format_name.partition("-")[0]
+    head = ["---", f"library_name: {_LIBRARIES.get(kind, kind)}", "pipeline_tag: text-generation", "tags: [largeformer]", "---"]
     heads = f"{model.num_attention_heads} heads in {model.query_groups} query groups"
     shape = f"{model.num_layers} layers, hidden size {model.hidden_size}, {heads}, {model.seq_length} positions"
     lines = [*head, "", f"# {name} ({format_name})", "", f"A causal language model of {parameters:,} parameters: {shape}.", ""]
-    lines += ["## Opened with", "", "```python", _OPEN[format_name.partition("-")[0]].format(folder="."), "```", ""]
+    lines += ["## Opened with", "", _OPEN[kind], ""]
     lines += ["## Lineage", "", "| stage | identity | figures |", "|---|---|---|"]
     lines += [f"| {step.stage} | `{step.identity}` | {_figures(step.metrics)} |" for step in lineage]
     for file, found in parity.items():

@@ -21,6 +21,7 @@ from largeformer.export.clients import OnnxClient, TransformersClient
 from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.gate import Client
 from largeformer.export.huggingface import Encoder, Plain, SpecialIds, write_configs, write_weights
+from largeformer.export.own import OwnClient, write_own
 from largeformer.export.streaming import StoredTensors
 from largeformer.export.tokenizer import write_tokenizer
 from largeformer.models.hf_config import architecture
@@ -33,7 +34,7 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Job:
     """What is exported. `quantized`: what a stage `quantize` says of the checkpoint; None: scales follow from the weights.
 
-    `tokenizer`: its file; None where tokens are mock.
+    `recipe`: all of it, as YAML. `tokenizer`: its file; None where tokens are mock.
     """
 
     source: StoredTensors
@@ -41,6 +42,7 @@ class Job:
     tokens: TokenizerConfig
     config: ExportConfig
     ids: SpecialIds
+    recipe: str = ""
     tokenizer: Path | None = None
     quantized: Description | None = None
 
@@ -51,6 +53,11 @@ class Job:
     @property
     def stored(self) -> torch.dtype:
         return self.source.dtype("embedding.word_embeddings.weight")
+
+    @property
+    def exactness(self) -> ThresholdsConfig:
+        """What floats in `dtype` are held to."""
+        return gate.EXACT if self.dtype.itemsize >= self.stored.itemsize else gate.NARROWER
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +126,7 @@ def _write_hf(job: Job, folder: Path, encoder: Encoder | None = None, quantizati
 
 
 def _open_hf(job: Job, folder: Path) -> Iterator[Opened]:
-    yield Opened("model", TransformersClient(folder), gate.EXACT if job.dtype.itemsize >= job.stored.itemsize else gate.NARROWER)
+    yield Opened("model", TransformersClient(folder), job.exactness)
 
 
 def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsConfig) -> Format:
@@ -184,6 +191,15 @@ def _open_onnx(job: Job, folder: Path) -> Iterator[Opened]:
     yield Opened("model_int8", OnnxClient(file), gate.INT8, about)
 
 
+def _write_own(job: Job, folder: Path) -> None:
+    dtype = None if job.config.dtype == "auto" else job.dtype
+    write_own(job.source, job.model, dtype, job.recipe, job.tokenizer, folder, int(job.config.max_shard_gb * 1e9))
+
+
+def _open_own(job: Job, folder: Path) -> Iterator[Opened]:
+    yield Opened("model", OwnClient(folder), job.exactness)
+
+
 FORMATS: dict[ExportFormat, Format] = {
     "hf": Format(("transformers",), lambda job: architecture(job.model), _write_hf, _open_hf),
     "hf-int8": _integers(lambda config: Scheme(bits=8, activations="token", symmetric=config.symmetric), gate.INT8),
@@ -191,4 +207,5 @@ FORMATS: dict[ExportFormat, Format] = {
     "hf-w8a16": _integers(lambda config: Scheme(bits=8, symmetric=config.symmetric), gate.INT8),
     "hf-int4": _integers(lambda config: Scheme(bits=4, group_size=config.group_size, symmetric=config.symmetric), gate.INT4),
     "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda job: None, _write_onnx, _open_onnx),
+    "largeformer": Format((), lambda job: None, _write_own, _open_own),
 }

@@ -90,7 +90,7 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        names = _write_shards(temporary, wanted, max_shard_gib * GIB)
+        count = _write_shards(temporary, wanted, max_shard_gib * GIB)
         for text in ("config.yaml", "state.json"):
             shutil.copyfile(path / text, temporary / text)
         temporary.rename(output)
@@ -98,7 +98,7 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     kind = "float32 masters" if masters else "weights"
-    print(f"{output}: {len(wanted)} tensors ({kind} of {path.name}) in {len(names)} file{'s' if len(names) > 1 else ''}")
+    print(f"{output}: {len(wanted)} tensors ({kind} of {path.name}) in {count} file{'s' if count > 1 else ''}")
     return 0
 
 
@@ -128,32 +128,15 @@ def _wanted(parts: dict[str, Tensors], masters: bool) -> list[tuple[str, Place, 
     return sorted(((name, *entry) for name, entry in chosen.items()), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
 
 
-def _write_shards(folder: Path, wanted: list[tuple[str, Place, Tensors]], max_bytes: float) -> list[str]:
-    """`model.safetensors`, or numbered files and the index that says which tensor is where. Returns the files' names."""
-    from dataclasses import replace
+def _write_shards(folder: Path, wanted: list[tuple[str, Place, Tensors]], max_bytes: float) -> int:
+    """`model.safetensors`, or numbered files and the index that says which tensor is where. Returns how many."""
+    from largeformer.export.streaming import Entry, ShardedWriter
 
-    from largeformer.checkpoint.format import ShardWriter
-
-    shards: list[list[tuple[str, Place, Tensors]]] = [[]]
-    size = 0
-    for entry in wanted:
-        if shards[-1] and size + entry[1].nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry[1].nbytes
-    total = len(shards)
-    names = ["model.safetensors"] if total == 1 else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        writer = ShardWriter(folder / name, [replace(place, name=key) for key, place, _ in shard])
-        for _, place, held in shard:
-            writer.append(held.whole(place))
-        writer.close()
-    if total > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
-        index: dict[str, Any] = {"metadata": {"total_size": sum(place.nbytes for _, place, _ in wanted)}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return names
+    entries = [Entry(name, place.dtype, tuple(place.shape)) for name, place, _ in wanted]
+    with ShardedWriter(folder, entries, int(max_bytes)) as writer:
+        for name, place, held in wanted:
+            writer.append(name, held.whole(place))
+    return len(list(folder.glob("*.safetensors")))
 
 
 def _row(path: Path, problems: list[str]) -> dict[str, Any]:

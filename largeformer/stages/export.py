@@ -122,6 +122,7 @@ def _job(recipe: Recipe, source: Source) -> Job:
         config=recipe.export,
         ids=SpecialIds(eos=tokenizer.eod, pad=tokenizer.pad if tokenizer.pad >= 0 else None),
         tokenizer=None if recipe.data.is_mock else source.prepared.path / tokenizer_file(recipe.tokenizer),
+        recipe=recipe_yaml(recipe),
         quantized=read_description(source.checkpoint),
     )
 
@@ -173,7 +174,7 @@ def _write_and_compare(name: str, job: Job, target: Path, expected: Reference, t
         ]
         figures["parity"][opened.name] = _storable({**found.metrics(), **about})
         del opened
-    if texts and (target / "tokenizer.json").exists():
+    if texts and (target / "tokenizer_config.json").exists():
         same = _same_ids(target, job, texts)
         figures["tokenizer_agreement"] = same
         if same < _SAME_TEXTS:

@@ -1,4 +1,4 @@
-"""`import`: a Hugging Face folder becomes the first checkpoint of a run, to be generated from, trained on or compressed.
+"""`import`: a folder of Hugging Face's, or our own, becomes the first checkpoint of a run: to be generated from, trained on or compressed.
 
 RUN/import/checkpoints/step_00000000/    the weights under our names, in their dtype, and config.yaml
 RUN/import/tokenizer.model               copied, where the folder has one
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from largeformer.stages.common.claim import set_aside
 from largeformer.stages.common.world import reporting
 
 if TYPE_CHECKING:
+    import torch
+
     from largeformer.export.streaming import StoredTensors
 
 STAGE = "import"
@@ -30,13 +33,24 @@ _TOKENIZERS = {"tokenizer.model": "sentencepiece", "tokenizer.json": "huggingfac
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a folder says of its model. described: what makes it what it is. tokens: the recipe's section `tokenizer`, as far as it is
+    known. state: reads all tensors, under our names."""
+
+    described: Mapping[str, Any]
+    architecture: str
+    model: ModelConfig
+    tokens: Mapping[str, Any]
+    state: Callable[[StoredTensors], Mapping[str, torch.Tensor]]
+
+
 def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Artifact:
     """Import the folder `source` into the run folder `output`. `overrides` change the recipe that is made (not the model's shape, but for
     `model.seq_length` where positions are rotated). Raises BadInputError with everything that our model cannot hold."""
-    from largeformer.models.hf_config import model_of
+    from largeformer.export.own import is_own
 
-    config = _read_config(source)
-    model = model_of(config)
+    held = _held_by_us(source) if is_own(source) else _held_by_hugging_face(source)
     folder = output / STAGE
     if folder.exists() and any(folder.iterdir()):
         if not fresh:
@@ -44,15 +58,37 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
         set_aside(folder)
     weights = _open(source)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(config, model, weights, source, folder, output, overrides)
+    recipe = _recipe(held, weights, source, folder, output, overrides)
     with reporting(recipe, STAGE):
-        parameters = _write_checkpoint(weights, recipe, folder)
-        metrics = {"architecture": (config.get("architectures") or [config["model_type"]])[0], "parameters": parameters}
-        identity = identity_hash({"stage": STAGE, "config": config, "weights": _sizes(source)})
+        parameters = _write_checkpoint(held.state(weights), recipe, folder)
+        metrics = {"architecture": held.architecture, "parameters": parameters}
+        identity = identity_hash({"stage": STAGE, "config": held.described, "weights": _sizes(source)})
         print(f"imported {parameters:,} parameters into {folder}", flush=True)
         if recipe.tokenizer.model is None:
             print(f"{source} has no tokenizer that we read ({' or '.join(_TOKENIZERS)}): give one as tokenizer.model of the recipe")
         return Artifact(STAGE, folder, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
+
+
+def _held_by_us(source: Path) -> _Held:
+    from largeformer.export.own import read_own, recipe_of
+
+    recipe = recipe_of(source)
+    model, tokens = recipe.model, recipe.tokenizer.model_dump(mode="json", exclude={"model"})
+    described = {"model": model.model_dump(mode="json"), "tokenizer": tokens}
+    return _Held(described, "largeformer", model, tokens, lambda weights: read_own(weights, model, recipe.tokenizer.vocab_size))
+
+
+def _held_by_hugging_face(source: Path) -> _Held:
+    from largeformer.models.hf_config import model_of
+    from largeformer.models.hf_mapping import from_hugging_face
+
+    config = _read_config(source)
+    model, vocab_size = model_of(config), config["vocab_size"]
+
+    def state(weights: StoredTensors) -> Mapping[str, torch.Tensor]:
+        return from_hugging_face({name: weights.read(name) for name in weights.names}, model, vocab_size)
+
+    return _Held(config, (config.get("architectures") or [config["model_type"]])[0], model, {"vocab_size": vocab_size}, state)
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -81,17 +117,9 @@ def _sizes(source: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))}
 
 
-def _recipe(
-    config: Mapping[str, Any],
-    model: ModelConfig,
-    weights: StoredTensors,
-    source: Path,
-    folder: Path,
-    output: Path,
-    overrides: Sequence[str],
-) -> Recipe:
+def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, output: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
-    tokenizer = _copy_tokenizer(source, config["vocab_size"], folder)
+    model, tokenizer = held.model, _copy_tokenizer(source, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     tree = {
         "run": {"name": output.name, "output_dir": str(output)},
@@ -112,16 +140,16 @@ def _recipe(
     return recipe
 
 
-def _copy_tokenizer(source: Path, vocab_size: int, folder: Path) -> dict[str, Any]:
+def _copy_tokenizer(source: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe's section `tokenizer`, for the folder's tokenizer, which is tried and copied, or for none."""
     from largeformer.data.tokenization.tokenizer import load_tokenizer
 
     name = next((name for name in _TOKENIZERS if (source / name).is_file()), None)
-    section: dict[str, Any] = {"vocab_size": vocab_size}
+    section = dict(known)
     if name is None:
         return section
     section["type"] = _TOKENIZERS[name]
-    if name == "tokenizer.json":
+    if name == "tokenizer.json" and "eod_token" not in section:
         section["eod_token"] = _end_of_text(source)
     load_tokenizer(source / name, TokenizerConfig.model_validate(section))
     shutil.copyfile(source / name, folder / name)
@@ -137,14 +165,12 @@ def _end_of_text(source: Path) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _write_checkpoint(weights: StoredTensors, recipe: Recipe, folder: Path) -> int:
+def _write_checkpoint(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> int:
     """Commit the weights as a checkpoint at step 0. Returns the number of parameters."""
     from largeformer.checkpoint.commit import begin, commit
     from largeformer.checkpoint.format import Block
-    from largeformer.models.hf_mapping import from_hugging_face
     from largeformer.training.checkpointing import Contents, first_state, write_contents
 
-    state = from_hugging_face({name: weights.read(name) for name in weights.names}, recipe.model, recipe.tokenizer.vocab_size)
     places = [Block(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)).place for name, tensor in state.items()]
     texts = {"state.json": first_state(), "config.yaml": recipe_yaml(recipe).encode()}
     temporary = begin(folder / "checkpoints", 0)

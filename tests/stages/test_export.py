@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from largeformer import cli
+from largeformer.config.load import load_recipe
 from largeformer.data.tokenization.sentencepiece import SentencePieceTokenizer
+from largeformer.export.streaming import StoredTensors
 from tests.recipes import GPT2, TINY
 from tests.stages.test_end_to_end import start, status
 
@@ -32,7 +35,7 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
         "data": {"sources": [{"path": source}], "split": "80,10,10"},
         "train": {**TINY["train"], "train_iters": 2, "eval_interval": 2, "eval_iters": 1},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
-        "export": {"formats": list(FORMATS), "group_size": 32, "gate_tokens": 256},
+        "export": {"formats": [*FORMATS, "largeformer"], "group_size": 32, "gate_tokens": 256},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -65,10 +68,10 @@ def test_the_manifest_holds_lineage_and_parity(run: Path) -> None:
     assert status(run) == "finished"
     manifest = json.loads((run / "export" / "manifest.json").read_text())
     assert manifest["parents"]["pretrain"] == json.loads((run / "pretrain" / "manifest.json").read_text())["identity"]
-    assert sorted(path.name for path in (run / "export").iterdir()) == sorted([*FORMATS, "config.yaml", "manifest.json"])
-    exact, int8 = (manifest["metrics"]["formats"][name]["parity"]["model"] for name in ("hf", "hf-int8"))
-    assert exact["tokens"] == 256
-    assert exact["max_logit_difference"] <= 1e-4 and exact["same_continuation"] is True
+    assert sorted(path.name for path in (run / "export").iterdir()) == sorted([*FORMATS, "largeformer", "config.yaml", "manifest.json"])
+    exact, own, int8 = (manifest["metrics"]["formats"][name]["parity"]["model"] for name in ("hf", "largeformer", "hf-int8"))
+    for found in (exact, own):
+        assert found["tokens"] == 256 and found["max_logit_difference"] <= 1e-4 and found["same_continuation"] is True
     assert 0 < int8["kl"] < 0.05 and int8["integer_layers"] == 7 * TINY["model"]["num_layers"]
     assert all(manifest["metrics"]["formats"][name]["tokenizer_agreement"] == 1.0 for name in FORMATS)
     card = (run / "export" / "hf" / "README.md").read_text()
@@ -109,7 +112,7 @@ def test_a_folder_in_the_way_is_left_alone_or_set_aside(run: Path, copy: Path, c
 BAD = {
     "unknown format": (
         ["export.formats=[gguf]"],
-        "export.formats[0] is 'gguf', which is none of hf, hf-int8, hf-int8-static, hf-w8a16, hf-int4, onnx",
+        "export.formats[0] is 'gguf', which is none of hf, hf-int8, hf-int8-static, hf-w8a16, hf-int4, onnx, largeformer",
     ),
     "no format": (["export.formats=[]"], "export.formats is empty"),
     "group size": (["export.formats=[hf-int4]", "export.group_size=48"], "export.group_size 48 does not divide"),
@@ -174,6 +177,59 @@ def test_import_is_the_way_back(run: Path, tmp_path: Path) -> None:
     ours, theirs = (start("generate", "--from", str(folder), *arguments) for folder in (run, imported))
     assert theirs.returncode == 0, theirs.stderr
     assert ours.stdout == theirs.stdout
+
+
+@pytest.mark.parametrize("made_by", ["export", "convert"])
+def test_our_own_folder_is_imported_as_it_was(run: Path, tmp_path: Path, made_by: str) -> None:
+    folder = run / "export" / "largeformer"
+    if made_by == "convert":
+        folder = tmp_path / "converted"
+        assert cli.main(["checkpoint", "convert", str(run), "-o", str(folder), "--max-shard-gib", "0.0001"]) == 0
+    else:
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "README.md",
+            "config.yaml",
+            "model.safetensors",
+            "parity.json",
+            "tokenizer.model",
+        ]
+    assert cli.main(["import", "--from", str(folder), "-o", str(tmp_path / "imported")]) == 0
+    trained, imported = (
+        StoredTensors.of_checkpoint(stage / "checkpoints" / f"step_0000000{step}")
+        for stage, step in ((run / "pretrain", 2), (tmp_path / "imported" / "import", 0))
+    )
+    assert set(trained.names) == set(imported.names)
+    assert all(torch.equal(trained.read(name), imported.read(name)) for name in trained.names)
+    before, after = (load_recipe(str(stage / "config.yaml")) for stage in (run / "pretrain", tmp_path / "imported" / "import"))
+    assert after.model == before.model and after.tokenizer.vocab_size == before.tokenizer.vocab_size
+    tokenizer = tmp_path / "imported" / "import" / "tokenizer.model"
+    assert tokenizer.exists() if made_by == "export" else after.tokenizer.model is None
+
+
+def reshape(folder: Path, old: str, new: str) -> None:
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new))
+
+
+BAD_OWN_FOLDERS: dict[str, tuple[Any, str]] = {
+    "another width": (lambda f: reshape(f, "ffn_hidden_size: 96", "ffn_hidden_size: 128"), "which is not its config.yaml's"),
+    "fewer layers": (lambda f: reshape(f, "num_layers: 4", "num_layers: 3"), "which has no place in the model of its config.yaml"),
+    "more layers": (lambda f: reshape(f, "num_layers: 4", "num_layers: 5"), "holds no decoder.layers.4."),
+    "another vocabulary": (lambda f: reshape(f, "vocab_size: 500", "vocab_size: 501"), "has 500 ids"),
+}
+
+
+@pytest.mark.parametrize(("harm", "sentence"), BAD_OWN_FOLDERS.values(), ids=BAD_OWN_FOLDERS)
+def test_an_own_folder_that_cannot_be_imported(
+    run: Path, tmp_path: Path, harm: Any, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(run / "export" / "largeformer", folder)
+    harm(folder)
+    assert cli.main(["import", "--from", str(folder), "-o", str(tmp_path / "imported")]) == 2
+    assert sentence in capfd.readouterr().err
+    assert not list((tmp_path / "imported").glob("import/checkpoints/step_*"))
 
 
 def test_training_goes_on_from_an_import(run: Path, tmp_path: Path) -> None:
