@@ -1,39 +1,125 @@
-"""What integers cost a trained model: `python -m tests.benchmarks.quantization FOLDER [--from RUN] [--steps N]`.
+"""What integers cost a trained model: `python -m tests.benchmarks.quantization FOLDER [--from RUN] [section.key=value ...]`.
 
-Trains a small Llama on the built-in corpus in FOLDER, or takes that of a run; then quantizes it by each scheme and method, and prints
-perplexity before and after on the test split, computed as the integers' clients do. What is finished in FOLDER is not done again.
+Trains a small Llama on the built-in corpus in FOLDER, or takes that of a run; then quantizes it by each scheme and method, every layer, and
+tells perplexity before and after on the test split, computed as the integers' clients do. Training with rounding has two controls: the same
+further steps without, as floats, and these rounded to nearest. FOLDER/quantization.json and .md hold all rows, a failed one too; what is
+finished in FOLDER is not done again. Exit code 1 where a setting failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from largeformer import cli
+from largeformer.checkpoint.commit import candidates
+from largeformer.config.schema import ModelConfig
+from largeformer.models.hf_mapping import rows
 
-SETTINGS: dict[str, list[str]] = {
-    "W8A8, a scale for each token": ["quantize.scheme=w8a8"],
-    "W8A8, SmoothQuant": ["quantize.scheme=w8a8", "quantize.smoothquant={alpha: 0.5}"],
-    "W8A8 static": ["quantize.scheme=w8a8_static"],
-    "W8A8 static, percentile": ["quantize.scheme=w8a8_static", "quantize.observer=percentile"],
-    "W8A8 static, mse": ["quantize.scheme=w8a8_static", "quantize.observer=mse"],
-    "W8A8 static, SmoothQuant": ["quantize.scheme=w8a8_static", "quantize.smoothquant={alpha: 0.5}"],
-    "W8A16": ["quantize.scheme=w8a16"],
-    "W4A16, to nearest": ["quantize.scheme=w4a16"],
-    "W4A16, to nearest, mse": ["quantize.scheme=w4a16", "quantize.weight_observer=mse"],
-    "W4A16, GPTQ": ["quantize.scheme=w4a16", "quantize.method=gptq"],
-    "W4A16, GPTQ, largest first": ["quantize.scheme=w4a16", "quantize.method=gptq", "quantize.gptq={act_order: true}"],
-    "W4A16, QAT": [
-        "quantize.scheme=w4a16",
+QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false"]
+KEPT = ("perplexity_before", "perplexity", "perplexity_increase", "kl", "top1_agreement", "mean_error", "integer_layers", "tokens")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row. folder: its name in FOLDER; after: the folder of the setting whose model it starts from, in place of the given one."""
+
+    folder: str
+    name: str
+    overrides: list[str]
+    after: str | None = None
+
+
+@dataclass
+class Row:
+    """What came of a setting: figures of its manifest, or `failed`, why there are none."""
+
+    name: str
+    overrides: list[str]
+    figures: dict[str, Any] = field(default_factory=dict)
+    failed: str | None = None
+
+
+def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
+    static, four = ["quantize.scheme=w8a8_static"], ["quantize.scheme=w4a16", f"quantize.group_size={group_size(model)}"]
+    smooth, gptq = ["quantize.smoothquant={alpha: 0.5}"], [*four, "quantize.method=gptq"]
+    yield Setting("w8a8", "W8A8, a scale for each token", ["quantize.scheme=w8a8"])
+    yield Setting("w8a8-smooth", "W8A8, SmoothQuant", ["quantize.scheme=w8a8", *smooth])
+    yield Setting("static", "W8A8 static", static)
+    yield Setting("static-percentile", "W8A8 static, percentile", [*static, "quantize.observer=percentile"])
+    yield Setting("static-mse", "W8A8 static, mse", [*static, "quantize.observer=mse"])
+    yield Setting("static-smooth", "W8A8 static, SmoothQuant", [*static, *smooth])
+    yield Setting("w8a16", "W8A16", ["quantize.scheme=w8a16"])
+    yield Setting("w4a16", "W4A16, to nearest", four)
+    yield Setting("w4a16-mse", "W4A16, to nearest, mse", [*four, "quantize.weight_observer=mse"])
+    yield Setting("gptq", "W4A16, GPTQ", gptq)
+    yield Setting("gptq-order", "W4A16, GPTQ, largest first", [*gptq, "quantize.gptq={act_order: true}"])
+    train = [
         "quantize.method=qat",
-        "quantize.train={train_iters: 100, eval_interval: 100}",
-        "quantize.optimizer={lr: 3.0e-4, min_lr: 3.0e-5, lr_warmup_iters: 5}",
-    ],
-}
+        f"quantize.train={{train_iters: {steps}, eval_interval: {steps}}}",
+        "quantize.optimizer={lr: 3.0e-4, min_lr: 3.0e-5, lr_decay_style: cosine, lr_warmup_iters: 5, lr_decay_iters: null, "
+        "lr_wsd_decay_iters: null}",
+    ]
+    yield Setting("qat", f"W4A16, QAT, {steps} steps", [*four, *train])
+    every = f"quantize.keep_float=[{', '.join(layers(model))}]"
+    yield Setting("floats", f"floats, the same {steps} steps without rounding", [*four, *train, every])
+    yield Setting("floats-w4a16", f"W4A16, to nearest, after {steps} steps without rounding", four, after="floats")
+
+
+def group_size(model: ModelConfig) -> int:
+    """The largest power of two up to 128 that divides the inputs of every layer."""
+    return math.gcd(128, model.hidden_size, model.ffn_size, model.num_attention_heads * model.head_dim)
+
+
+def layers(model: ModelConfig) -> list[str]:
+    """All linear layers, by the names that `quantize.keep_float` takes."""
+    return [name.removesuffix(".weight") for row in rows(model, "llama") for name in row.theirs if name.endswith("_proj.weight")]
+
+
+def measure(setting: Setting, source: Path, folder: Path, further: Sequence[str]) -> Row:
+    """Quantize in a process of its own, whose end, whatever it is, leaves the others alone."""
+    output = folder / setting.folder
+    output.mkdir(parents=True, exist_ok=True)
+    if setting.after is not None:
+        source = folder / setting.after / "quantize"
+    overrides = [*QUIET, "quantize.error_threshold=10.0", "quantize.evaluation_tokens=65536", *setting.overrides, *further]
+    command = ["quantize", "--from", str(source), f"run.output_dir={output}", *overrides]
+    done = subprocess.run([sys.executable, "-m", "largeformer", *command], stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    row = Row(setting.name, overrides)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        row.failed = f"exit code {done.returncode}: {said[-1].strip() if said else 'no reason given'}"
+        return row
+    metrics = json.loads((output / "quantize" / "manifest.json").read_text())["metrics"]
+    row.figures = {**{name: metrics[name] for name in KEPT}, "float_layers": len(metrics["float_layers"])}
+    return row
+
+
+def table(found: Sequence[Row]) -> str:
+    lines = [
+        "| | perplexity | change | KL | top-1 | mean error of a layer's output | layers left in floats |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row.failed is not None:
+            lines.append(f"| {row.name} | failed: {row.failed.replace('|', '/')} | | | | | |")
+            continue
+        of = row.figures
+        error = "-" if of["mean_error"] is None else f"{of['mean_error']:.2%}"
+        lines.append(
+            f"| {row.name} | {of['perplexity_before']:.4f} -> {of['perplexity']:.4f} | {of['perplexity_increase']:+.3%} | {of['kl']:.2e} "
+            f"| {of['top1_agreement']:.2%} | {error} | {of['float_layers']} of {of['float_layers'] + of['integer_layers']} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def recipe(folder: Path, steps: int) -> dict[str, Any]:
@@ -52,36 +138,42 @@ def recipe(folder: Path, steps: int) -> dict[str, Any]:
         "train": {"precision": "fp32", "micro_batch_size": 16, "global_batch_size": 16, "train_iters": steps, "log_interval": 50},
         "optimizer": {"lr": 4.0e-3, "min_lr": 1.0e-4},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
-        "quantize": {"error_threshold": 10.0, "evaluation_tokens": 65536},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, default=None, help="a run whose model is quantized")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--from", dest="source", type=Path, help="a run, or a stage of one, whose model is quantized")
+    parser.add_argument("--steps", type=int, default=800, help="of the small Llama")
+    parser.add_argument("--further", type=int, default=100, help="steps with rounding, and of the controls")
     parser.add_argument("--only", default="", help="settings whose name holds this")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    if arguments.source is None:
-        path = arguments.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe(arguments.folder, arguments.steps)))
-        assert cli.main(["run", "-c", str(path)]) == 0
-    source = arguments.source or arguments.folder / "run"
-    rows = {}
-    for number, (name, overrides) in enumerate(SETTINGS.items()):
-        if arguments.only in name:
-            output = arguments.folder / str(number)
-            assert cli.main(["quantize", "--from", str(source), f"run.output_dir={output}", *overrides]) == 0
-            rows[name] = json.loads((output / "quantize" / "manifest.json").read_text())["metrics"]
-    print("| | perplexity | change | KL | top-1 | mean error of a layer's output |\n|---|---|---|---|---|---|")
-    for name, found in rows.items():
-        print(
-            f"| {name} | {found['perplexity_before']:.4f} -> {found['perplexity']:.4f} | {found['perplexity_increase']:+.3%} "
-            f"| {found['kl']:.2e} | {found['top1_agreement']:.2%} | {found['mean_error']:.2%} |"
-        )
+    parser.add_argument("overrides", nargs="*", help="for every setting, such as quantize.calibration.samples=512")
+    given = parser.parse_intermixed_args()
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    source = given.source.resolve() if given.source is not None else folder / "run" / "pretrain"
+    if given.source is None:
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe(folder, given.steps)))
+        subprocess.run([sys.executable, "-m", "largeformer", "run", "-c", str(path)], check=True)
+    source = source / "pretrain" if (source / "pretrain").is_dir() else source
+    tree = yaml.safe_load((candidates(source)[0] / "config.yaml").read_text())
+    found: list[Row] = []
+    for setting in settings(ModelConfig.model_validate(tree["model"]), given.further):
+        if given.only not in setting.name:
+            continue
+        own = folder / setting.folder / "prepare"  # what starts from this one's model finds the text beside it
+        own.parent.mkdir(exist_ok=True)
+        if not own.is_symlink():
+            own.symlink_to((source.parent / "prepare").resolve())
+        found.append(measure(setting, source, folder, given.overrides))
+        print(table(found[-1:]).splitlines()[-1], flush=True)
+        (folder / "quantization.json").write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
+        (folder / "quantization.md").write_text(table(found))
+    print(f"\n{table(found)}")
+    return 1 if any(row.failed for row in found) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from largeformer.config.schema import Recipe
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.hf_mapping import to_hugging_face
 from tests.recipes import GPT2
-from tests.stages.test_end_to_end import start
+from tests.stages.test_end_to_end import ROOT, start
 from tests.stages.test_export import write_recipe
 
 pytest.importorskip("transformers")
@@ -356,3 +358,39 @@ def test_training_with_rounding_at_another_layout(run: Path, tmp_path: Path) -> 
         losses[name] = metrics(copied)["val_loss"]
         assert not (copied / "quantize" / "smoothed").exists()
     assert all(loss == pytest.approx(losses["one"], rel=1e-3) for loss in losses.values()), losses
+
+
+@pytest.mark.slow
+def test_the_benchmark_goes_on_after_a_setting_that_fails(tmp_path: Path) -> None:
+    """From a teacher whose schedule and width suit neither the further steps nor groups of 128."""
+    wsd = {"lr": 1.0e-3, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 1}
+    assert cli.main(["pretrain", "-c", str(write_recipe(tmp_path, optimizer=wsd))]) == 0
+    out = tmp_path / "figures"
+    arguments = [
+        str(out),
+        "--from",
+        str(tmp_path / "run"),
+        "--further",
+        "2",
+        "--only",
+        "2 steps",
+        "quantize.evaluation_tokens=256",
+        CALIBRATION,
+    ]
+
+    def figures() -> tuple[int, list[dict[str, Any]]]:
+        done = subprocess.run([sys.executable, "-m", "tests.benchmarks.quantization", *arguments], cwd=ROOT, check=False)
+        return done.returncode, json.loads((out / "quantization.json").read_text())
+
+    in_the_way = out / "qat" / "quantize" / "manifest.json"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("{")
+    code, (failed, floats, nearest) = figures()
+    assert code == 1 and "exit code 2" in failed["failed"] and failed["name"] in (out / "quantization.md").read_text()
+    assert floats["figures"]["mean_error"] is None and floats["figures"]["float_layers"] == 28
+    assert nearest["figures"]["perplexity_before"] == pytest.approx(floats["figures"]["perplexity"], rel=1e-6)
+    in_the_way.unlink()
+    code, (qat, *others) = figures()
+    assert code == 0 and others == [floats, nearest]
+    assert qat["figures"]["perplexity_before"] == floats["figures"]["perplexity_before"] and qat["figures"]["float_layers"] == 0
+    assert (out / "quantization.md").read_text().count("\n") == 5
