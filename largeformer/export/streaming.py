@@ -22,6 +22,7 @@ from largeformer.artifact import write_atomically
 from largeformer.checkpoint.format import DTYPES, SUFFIX, Tensors, read_headers
 from largeformer.checkpoint.manifest import read_manifest
 from largeformer.errors import BadInputError
+from largeformer.models.hf_mapping import BESIDE
 
 PART_BYTES = 16 * 2**20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -34,11 +35,11 @@ class StoredTensors:
         """files: their names below `folder`. Raises BadInputError where one is no safetensors file."""
         self.folder = folder
         self._tensors = Tensors(folder, read_headers(folder, files))
-        self._places = {place.name: place for place in self._tensors}
+        self._places = {place.name: place for place in self._tensors if not place.name.startswith(BESIDE)}
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> StoredTensors:
-        """The weights of a checkpoint of ours, whatever layout it was saved at."""
+        """The weights of a checkpoint of ours, whatever layout it was saved at; of the model alone, without what was trained beside it."""
         return cls(checkpoint, [name for name in read_manifest(checkpoint) if name.startswith("weights/")])
 
     @classmethod

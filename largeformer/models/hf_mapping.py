@@ -18,6 +18,7 @@ from largeformer.errors import BadInputError
 from largeformer.models.hf_config import Style, architecture
 
 Weights = Mapping[str, torch.Tensor]
+BESIDE = "distillation."  # so begin our names of what is trained along with a model, is kept in its checkpoints, and is no part of it
 
 
 @dataclass(frozen=True)

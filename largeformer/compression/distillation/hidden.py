@@ -22,6 +22,7 @@ from largeformer.compression.distillation.figures import Figures
 from largeformer.config.distill import HiddenConfig
 from largeformer.layout import stage_layers
 from largeformer.models.gpt import GPT
+from largeformer.models.hf_mapping import BESIDE
 from largeformer.models.initialization import generator_for
 from largeformer.models.shards import Shard
 from largeformer.parallel.groups import ParallelGroups
@@ -73,7 +74,7 @@ def add_projections(student: Sequence[GPT], pairs: Pairs, width: int, groups: Pa
     for number, _ in pairs:
         if number not in here:
             continue
-        key = f"distillation.projections.{number}.weight"
+        key = f"{BESIDE}projections.{number}.weight"
         example = next(here[number].parameters())
         whole = torch.empty(width, own, device=example.device).normal_(0.0, own**-0.5, generator=generator_for(seed, key, example.device))
         projection = Projection(whole.to(example.dtype))
