@@ -12,7 +12,7 @@ from largeformer.config.section import PositiveInt, Section
 class CheckpointConfig(Section):
     """`keep_last`: the newest so many stay; `keep_every`: and each whose step is a multiple of it; `keep_best`: and the so many best by
     validation. `async_save`: written behind the training, from a second copy of the state in host memory. `verify`: what is compared before
-    a checkpoint is loaded; sizes are in any case. `load`: a checkpoint, or a folder of them, to start from."""
+    a checkpoint is loaded; sizes are in any case. `load`: a checkpoint, or a folder of them, that `pretrain` goes on from."""
 
     save_interval: PositiveInt | None = None
     keep_last: PositiveInt = 3

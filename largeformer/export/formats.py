@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from largeformer.compression.pruning.sparsity import Readable
 from largeformer.compression.quantization.description import Description
 from largeformer.compression.quantization.schemes import Scheme
 from largeformer.config.data import TokenizerConfig
@@ -24,6 +25,7 @@ from largeformer.export.huggingface import Encoder, Plain, SpecialIds, write_con
 from largeformer.export.own import OwnClient, write_own
 from largeformer.export.streaming import StoredTensors
 from largeformer.export.tokenizer import write_tokenizer
+from largeformer.export.written import hugging_face_weights, onnx_weights
 from largeformer.models.hf_config import architecture
 from largeformer.models.hf_mapping import rows, shapes
 
@@ -76,12 +78,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Format:
-    """`check` raises BadInputError before anything is written; `opened` yields one client after another, one in memory at a time."""
+    """`check` raises BadInputError before anything is written; `opened` yields one client after another, one in memory at a time; `written`
+    the weights that the files hold, by what `opened` calls them."""
 
     needs: tuple[str, ...]
     check: Callable[[Job], object]
     write: Callable[[Job, Path], None]
     opened: Callable[[Job, Path], Iterator[Opened]]
+    written: Callable[[Job, Path], Iterator[tuple[str, Readable]]]
 
 
 def chosen(job: Job) -> list[ExportFormat]:
@@ -129,6 +133,10 @@ def _open_hf(job: Job, folder: Path) -> Iterator[Opened]:
     yield Opened("model", TransformersClient(folder), job.exactness)
 
 
+def _written_hf(job: Job, folder: Path) -> Iterator[tuple[str, Readable]]:
+    yield "model", hugging_face_weights(folder, job.model)
+
+
 def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsConfig) -> Format:
     """A Hugging Face folder whose linear layers are integers."""
 
@@ -149,7 +157,7 @@ def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsCo
         about = {"integer_layers": len(encoder(job).modules), "float_layers": encoder(job).ignored}
         yield Opened("model", TransformersClient(folder), thresholds, about)
 
-    return Format(("transformers", "compressed_tensors"), encoder, write, opened)
+    return Format(("transformers", "compressed_tensors"), encoder, write, opened, _written_hf)
 
 
 def _quantization(scheme: Scheme, job: Job) -> Quantization:
@@ -200,12 +208,23 @@ def _open_own(job: Job, folder: Path) -> Iterator[Opened]:
     yield Opened("model", OwnClient(folder), job.exactness)
 
 
+def _written_onnx(job: Job, folder: Path) -> Iterator[tuple[str, Readable]]:
+    from largeformer.export import onnx
+
+    for name, file in (("model", onnx.FLOAT), ("model_int8", onnx.INT8)):
+        yield name, onnx_weights(folder / file, folder / onnx.FLOAT, job.model)
+
+
+def _written_own(job: Job, folder: Path) -> Iterator[tuple[str, Readable]]:
+    yield "model", StoredTensors.of_folder(folder)
+
+
 FORMATS: dict[ExportFormat, Format] = {
-    "hf": Format(("transformers",), lambda job: architecture(job.model), _write_hf, _open_hf),
+    "hf": Format(("transformers",), lambda job: architecture(job.model), _write_hf, _open_hf, _written_hf),
     "hf-int8": _integers(lambda config: Scheme(bits=8, activations="token", symmetric=config.symmetric), gate.INT8),
     "hf-int8-static": _integers(lambda config: Scheme(bits=8, activations="tensor", symmetric=config.symmetric), gate.INT8),
     "hf-w8a16": _integers(lambda config: Scheme(bits=8, symmetric=config.symmetric), gate.INT8),
     "hf-int4": _integers(lambda config: Scheme(bits=4, group_size=config.group_size, symmetric=config.symmetric), gate.INT4),
-    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda job: None, _write_onnx, _open_onnx),
-    "largeformer": Format((), lambda job: None, _write_own, _open_own),
+    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda job: None, _write_onnx, _open_onnx, _written_onnx),
+    "largeformer": Format((), lambda job: None, _write_own, _open_own, _written_own),
 }

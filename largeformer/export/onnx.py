@@ -146,6 +146,15 @@ def bad_scales(file: Path) -> list[str]:
     return found
 
 
+def linear_matrices(float_file: Path) -> dict[str, str]:
+    """Module -> the matrix [i, o] that its product is with, in the float file."""
+    import onnx
+
+    graph = onnx.load(str(float_file), load_external_data=False).graph
+    products = _linear_products(graph)
+    return {products[node.name]: node.input[1] for node in graph.node if node.name in products}
+
+
 def has_vnni() -> bool:
     """Whether this CPU multiplies 8-bit integers without saturating: VNNI or AMX on x86, always on Arm."""
     if platform.machine().lower() not in ("x86_64", "amd64"):

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +133,13 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
     job = _job(plan.given.recipe, plan.given.source)
     texts = [] if plan.given.recipe.data.is_mock else sample_texts(plan.given.recipe, plan.given.source)
     parameters = parameter_count(plan.given.recipe.model, plan.given.recipe.tokenizer.vocab_size)
+    sparsity = _sparsity(job)
     made, wrong = {}, []
     for name in plan.formats:
         target = plan.given.folder / f"{name}{_UNFINISHED}"
         target.mkdir()
         print(f"writing {name}", flush=True)
-        made[name], problems = _write_and_compare(name, job, target, expected, texts)
+        made[name], problems = _write_and_compare(name, job, target, expected, texts, sparse=bool(sparsity))
         wrong += [f"{name}: {problem}" for problem in problems]
         (target / "README.md").write_text(_card(plan, name, parameters, made[name]))
         _print(name, made[name])
@@ -149,7 +150,7 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
         (plan.given.folder / f"{name}{_UNFINISHED}").rename(plan.given.folder / name)
     sync_folder(plan.given.folder)
     shutil.rmtree(plan.given.folder / _SCRATCH)
-    metrics = {"checkpoint": plan.given.source.checkpoint.name, "parameters": parameters, "formats": made}
+    metrics = {"checkpoint": plan.given.source.checkpoint.name, "parameters": parameters, "formats": made, **sparsity}
     if "onnx" in plan.formats:
         metrics["latency"] = onnx_latency(plan.given.folder / "onnx", plan.given.recipe.quality, plan.given.recipe.model.seq_length)
     artifact = Artifact(STAGE, plan.given.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
@@ -157,15 +158,40 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
     return artifact
 
 
-def _write_and_compare(name: str, job: Job, target: Path, expected: Reference, texts: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The figures of one format for the manifest, and where it is beyond a threshold."""
+def _sparsity(job: Job) -> dict[str, Any]:
+    """What the manifest says of the source's zeros, as `prune` does; nothing where there are none."""
+    from largeformer.compression.pruning.sparsity import has_zeros, sparsity_metrics
+
+    return {"sparsity": sparsity_metrics(job.source)} if has_zeros(job.source) else {}
+
+
+def _zeros_kept(name: str, job: Job, target: Path) -> tuple[dict[str, Any], list[str]]:
+    """How many weights of linear layers are 0 in each file, and where one of the source's zeros is not."""
+    from largeformer.compression.pruning.sparsity import assert_zeros_kept
+    from largeformer.export.formats import FORMATS
+
+    figures, problems = {}, []
+    for file, weights in FORMATS[name].written(job, target):  # type: ignore[index]
+        try:
+            figures[file] = asdict(assert_zeros_kept(job.source, weights))
+        except StageFailed as lost:
+            problems += [f"{file}: {problem}" for problem in lost.problems]
+    return figures, problems
+
+
+def _write_and_compare(
+    name: str, job: Job, target: Path, expected: Reference, texts: list[str], sparse: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures of one format for the manifest, and where it is beyond a threshold or has lost a zero."""
     from largeformer.export.formats import FORMATS
     from largeformer.export.gate import compare, failures
 
     form = FORMATS[name]  # type: ignore[index]
     form.write(job, target)
     figures: dict[str, Any] = {"bytes": {path.name: path.stat().st_size for path in sorted(target.iterdir())}, "parity": {}}
-    problems = []
+    problems: list[str] = []
+    if sparse:
+        figures["sparsity"], problems = _zeros_kept(name, job, target)
     for opened in form.opened(job, target):
         found = compare(expected, opened.client)
         about = dict(opened.about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from largeformer.artifact import Artifact, identity_hash
@@ -10,8 +11,9 @@ from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
 from largeformer.stages.common.damage import check_training
+from largeformer.stages.common.sparse import is_sparse, sparsity_trained
 from largeformer.stages.common.training import TrainingJob, train
-from largeformer.stages.common.world import check_world, enter_world, reporting
+from largeformer.stages.common.world import World, check_world, enter_world, reporting
 
 STAGE = "pretrain"
 
@@ -24,12 +26,33 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     cut_short = interruptions.cut_short(recipe)
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
-        world.from_main(lambda: check_training(folder, identity_hash(recipe.identity(STAGE)), fresh))
+        job = TrainingJob(STAGE, folder, identity_hash(recipe.identity(STAGE)), prepared)
+        world.from_main(lambda: check_training(folder, job.identity, fresh))
+        there = world.from_main(lambda: Artifact.read(folder))
+        if recipe.checkpoint.load is not None and (there is None or there.identity != job.identity):
+            job = _continued(recipe, world, job, Path(recipe.checkpoint.load))
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
         artifact = world.from_main(lambda: Artifact.read(folder))
         if artifact is None:
-            job = TrainingJob(STAGE, folder, identity_hash(recipe.identity(STAGE)), prepared)
             artifact = train(recipe, world, job, cut_short)
         if artifact is None:
             report("requeue")
     return artifact
+
+
+def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> TrainingJob:
+    """The job as it goes on from `source`; zeros of a pruned model stay. Collective. Raises BadInputError where there is no checkpoint."""
+    from largeformer.checkpoint.commit import committed
+    from largeformer.checkpoint.verify import find
+    from largeformer.training.masks import hold_zeros
+
+    begun = world.from_main(lambda: bool(committed(job.folder / "checkpoints")))  # then its weights are not read again
+    found = find(source, recipe.checkpoint.verify == "sha256" and not begun)
+    job, start = replace(job, continues=found), found.checkpoint
+    if not world.from_main(lambda: is_sparse(start)):
+        return job
+    return replace(
+        job,
+        alter=lambda chunks, shards: hold_zeros(start, shards),
+        measure=lambda training: sparsity_trained(world, start, job.folder),
+    )

@@ -7,7 +7,7 @@ Linear layers are those of the Transformer layers: embeddings and the head are n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -19,17 +19,28 @@ _LINEAR = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|
 _SHOWN = 3
 
 
-class StoredWeights(Protocol):
-    """Global tensors by name, each read whole when it is asked for, such as `export.streaming.StoredTensors`."""
+class Readable(Protocol):
+    """Global tensors by name, each read whole when it is asked for."""
 
     @property
     def names(self) -> Sequence[str]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class StoredWeights(Readable, Protocol):
+    """Such as `export.streaming.StoredTensors`."""
 
     def dtype(self, name: str) -> torch.dtype: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str) -> torch.Tensor: ...
+
+class View:
+    """Tensors that are made of others when they are asked for."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], torch.Tensor]) -> None:
+        self.names, self.read = names, read
 
 
 @dataclass(frozen=True)
@@ -51,17 +62,22 @@ class Count:
         return Count(self.zeros + other.zeros, self.weights + other.weights)
 
 
-def linear_weights(stored: StoredWeights) -> list[str]:
+def linear_weights(stored: Readable) -> list[str]:
     """The names of the linear layers' weights."""
     return [name for name in stored.names if _LINEAR.fullmatch(name)]
 
 
-def count_zeros(stored: StoredWeights) -> dict[str, Count]:
+def has_zeros(stored: Readable) -> bool:
+    """Whether a weight of a linear layer is 0."""
+    return any(bool((stored.read(name) == 0).any()) for name in linear_weights(stored))
+
+
+def count_zeros(stored: Readable) -> dict[str, Count]:
     """By weight."""
     return {name: Count.of(stored.read(name)) for name in linear_weights(stored)}
 
 
-def sparsity_metrics(stored: StoredWeights, pattern: tuple[int, int] | None = None) -> dict[str, Any]:
+def sparsity_metrics(stored: Readable, pattern: tuple[int, int] | None = None) -> dict[str, Any]:
     """What a manifest says under "sparsity": the share of zeros over all linear layers, over each kind of them (least and most of the
     layers), the counts, and the pattern that the stage asked for, with whether every weight has it."""
     counts: dict[str, Count] = {}
@@ -86,7 +102,7 @@ def has_pattern(weight: torch.Tensor, kept: int, of: int) -> bool:
     return bool(((weight != 0).unflatten(1, (-1, of)).sum(-1) <= kept).all())
 
 
-def zeros_lost(parent: StoredWeights, child: StoredWeights) -> Iterator[tuple[str, int]]:
+def zeros_lost(parent: Readable, child: Readable) -> Iterator[tuple[str, int]]:
     """The weights of `child` in which something is not 0 any more that is 0 in `parent`, and how many. Both have the same shapes."""
     for name in linear_weights(parent):
         lost = int(((parent.read(name) == 0) & (child.read(name) != 0)).sum())
@@ -94,7 +110,7 @@ def zeros_lost(parent: StoredWeights, child: StoredWeights) -> Iterator[tuple[st
             yield name, lost
 
 
-def assert_zeros_kept(parent: StoredWeights, child: StoredWeights) -> Count:
+def assert_zeros_kept(parent: Readable, child: Readable) -> Count:
     """Every zero of the parent's linear layers is one in the child's. Returns the child's count. Raises StageFailed where not: no stage
     may hand on what it has not kept sparse."""
     lost = dict(zeros_lost(parent, child))

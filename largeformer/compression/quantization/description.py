@@ -17,10 +17,14 @@ import torch
 from safetensors.torch import load, save
 
 from largeformer.artifact import write_atomically
-from largeformer.compression.quantization.schemes import Given, Scheme
+from largeformer.compression.pruning.sparsity import Readable, View, linear_weights
+from largeformer.compression.quantization.schemes import Given, Scheme, rounded
+from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
+from largeformer.models.hf_mapping import rows
 
 JSON, TENSORS = "quantization.json", "quantization.safetensors"
+_WEIGHT = ".weight"
 _SCALE, _ZERO, _INPUT = ".weight_scale", ".weight_zero_point", ".input_scale"
 
 
@@ -46,6 +50,25 @@ class Description:
             "sha256": hashlib.sha256(content).hexdigest(),
         }
         write_atomically(folder / JSON, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def as_integers(stored: Readable, described: Description, model: ModelConfig) -> View:
+    """The weights of linear layers as the integers stand for them, by our names; those that stay floats as they are."""
+    table = {row.ours: row for row in rows(model, "llama")}
+
+    def read(name: str) -> torch.Tensor:
+        row = table[name]
+        parts = zip(row.theirs, row.form.cut(stored.read(name), model), strict=True)
+        return row.form.join(tuple(one(theirs.removesuffix(_WEIGHT), part) for theirs, part in parts), model)
+
+    def one(module: str, part: torch.Tensor) -> torch.Tensor:
+        given = described.given.get(module)
+        if given is None:
+            return part.float()
+        zero_point = given.zero_point.cpu() if given.zero_point is not None else None
+        return rounded(part, Given(given.scale.cpu(), zero_point), described.scheme)
+
+    return View(linear_weights(stored), read)
 
 
 def check_scales(given: Mapping[str, Given]) -> None:

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from largeformer.artifact import Artifact
+from largeformer.stages.common.inputs import ORIGIN
+
 if TYPE_CHECKING:
-    import torch
+    from largeformer.compression.pruning.sparsity import Readable
+    from largeformer.export.streaming import StoredTensors
+    from largeformer.stages.common.world import World
 
-    from largeformer.compression.pruning.sparsity import StoredWeights
 
-
-def sparsity_kept(parent: Path, child: Path, named: Callable[[str], str] = str) -> dict[str, Any]:
+def sparsity_kept(
+    parent: Path, child: Path, named: Callable[[str], str] = str, deployed: Callable[[StoredTensors], Readable] | None = None
+) -> dict[str, Any]:
     """For the manifest of a stage that made the checkpoint `child` from `parent`: the key "sparsity", as `prune` wrote it; nothing where
-    the parent has no zeros. `named`: what a weight of the child, of the same shape, is called in the parent. On one process. Raises
-    StageFailed where the child has lost some of them."""
-    from largeformer.compression.pruning.sparsity import assert_zeros_kept, count_zeros, sparsity_metrics
+    the parent has no zeros. `named`: what a weight of the child, of the same shape, is called in the parent. `deployed`: the weights of the
+    child as they will compute, which must hold them too, and are those that the manifest speaks of. On one process. Raises StageFailed
+    where the child has lost some of them."""
+    from largeformer.compression.pruning.sparsity import View, assert_zeros_kept, has_zeros, sparsity_metrics
     from largeformer.export.streaming import StoredTensors
 
-    after = StoredTensors.of_checkpoint(child)
-    before = _Renamed(StoredTensors.of_checkpoint(parent), after.names, named)
-    if not any(count.zeros for count in count_zeros(before).values()):
+    stored, after = StoredTensors.of_checkpoint(parent), StoredTensors.of_checkpoint(child)
+    before = View(after.names, lambda name: stored.read(named(name)))
+    if not has_zeros(before):
         return {}
     assert_zeros_kept(before, after)
-    return {"sparsity": sparsity_metrics(after)}
+    if deployed is None:
+        return {"sparsity": sparsity_metrics(after)}
+    computed = deployed(after)
+    assert_zeros_kept(before, computed)
+    return {"sparsity": sparsity_metrics(computed)}
 
 
-@dataclass(frozen=True)
-class _Renamed:
-    """The parent's weights by the child's names."""
+def sparsity_trained(world: World, start: Path, folder: Path, named: Callable[[str], str] = str) -> dict[str, Any]:
+    """The same of the stage in `folder`, which has trained the model of the checkpoint `start`. Collective."""
+    from largeformer.checkpoint.commit import newest
 
-    stored: StoredWeights
-    names: Sequence[str]
-    named: Callable[[str], str]
+    def kept() -> dict[str, Any]:
+        last = newest(folder / "checkpoints")
+        assert last is not None, "training has saved its last step"
+        return sparsity_kept(start, last, named)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.stored.dtype(self.named(name))
+    return world.from_main(kept)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.stored.shape(self.named(name))
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.stored.read(self.named(name))
+def is_sparse(checkpoint: Path) -> bool:
+    """Whether the zeros of a checkpoint are a mask, by what its stage says; one that works on models and has not finished says nothing, and
+    so they may be."""
+    folder = checkpoint.absolute().parent.parent
+    made_by = Artifact.read(folder)
+    return (folder / ORIGIN).exists() if made_by is None else "sparsity" in made_by.metrics

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from largeformer.artifact import Artifact, library_versions
-from largeformer.config.checkpoint import CheckpointConfig
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.stages.common import interruptions
@@ -49,12 +48,13 @@ class Accompanied:
 class TrainingJob:
     """What a training stage does, and how it differs from pretraining.
 
-    kind, folder, identity, parents (by the names that the manifest gives them): of the artifact that it ends with. start: a checkpoint
-    whose weights it begins with, with a fresh optimizer; None: initialised from the seed. named: what a weight is called in there. extend:
-    gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to no model; what they hold. alter:
-    called with the chunks and the model's shards, their weights loaded, before the engine takes them: masks, another loss, fake
-    quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it sees each global batch
-    before the step. measure: further figures for the manifest, once training has ended.
+    kind, folder, identity, parents (by the names that the manifest gives them): of the artifact that it ends with. continues: another
+    stage's training that it goes on with, optimizer and progress too, while it has no checkpoint of its own. start: a checkpoint whose
+    weights it begins with, with a fresh optimizer; without both, they are initialised from the seed. named: what a weight is called in
+    there. extend: gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to no model; what they
+    hold. alter: called with the chunks and the model's shards, their weights loaded, before the engine takes them: masks, another loss,
+    fake quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it sees each global
+    batch before the step. measure: further figures for the manifest, once training has ended.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class TrainingJob:
     measure: Callable[[Training], dict[str, Any]] = lambda training: {}
     named: Callable[[str], str] = str
     extend: Callable[[Sequence[GPT]], Sequence[Shard]] = lambda chunks: ()
+    continues: Found | None = None
 
 
 def train(recipe: Recipe, world: World, job: TrainingJob, cut_short: str | None) -> Artifact | None:
@@ -124,7 +125,7 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training,
     from largeformer.training.trainer import Training
 
     checkpoints, rewinds = job.folder / "checkpoints", world.from_main(lambda: read_rewinds(job.folder))
-    found = _resume_from(checkpoints, recipe.checkpoint, world)
+    found = _resume_from(checkpoints, recipe.checkpoint.verify == "sha256", job.continues, world)
     checkpoint = found.checkpoint if found is not None else None
     chunks, shards = build_gpt(recipe, world.groups, world.device)
     further = job.extend(chunks)
@@ -171,9 +172,9 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training,
     return training, tracker
 
 
-def _resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) -> Found | None:
-    """The newest valid checkpoint of this run, else the one that the recipe names. Damaged ones of this run are set aside: they would be
-    in the way of the next."""
+def _resume_from(checkpoints: Path, hashes: bool, continues: Found | None, world: World) -> Found | None:
+    """The newest valid checkpoint of this stage, else the one that the job continues. Damaged ones of this stage are set aside: they would
+    be in the way of the next."""
     from largeformer.checkpoint.commit import committed, set_aside, tidy
     from largeformer.checkpoint.verify import find
 
@@ -182,8 +183,8 @@ def _resume_from(checkpoints: Path, settings: CheckpointConfig, world: World) ->
         return bool(committed(checkpoints))
 
     if not world.from_main(own):
-        return find(Path(settings.load), settings.verify == "sha256") if settings.load is not None else None
-    found = find(checkpoints, settings.verify == "sha256")
+        return continues
+    found = find(checkpoints, hashes)
     world.from_main(lambda: [set_aside(refused.checkpoint) for refused in found.refused])
     return found
 
