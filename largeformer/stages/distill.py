@@ -12,8 +12,9 @@ from largeformer.config.schema import Recipe
 from largeformer.config.size import model_parameters
 from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
-from largeformer.stages.common.inputs import claim_derived
-from largeformer.stages.common.sparse import sparsity_kept
+from largeformer.stages.common.feeding import check_text
+from largeformer.stages.common.inputs import finished, take
+from largeformer.stages.common.sparse import sparsity_trained
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
 from largeformer.stages.distill_lessons import live_teacher, written_answers
@@ -43,9 +44,12 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     prepared = prepare.run_or_wait(recipe)
     with reporting(recipe, entry.name) as report, enter_world(as_set) as world:
         lesson = lesson_of(recipe, entry, source, prepared)
-        artifact = world.from_main(lambda: claim_derived(lesson.given, lesson.origin(), fresh=fresh))
+        artifact = world.from_main(lambda: finished(lesson.given, lesson.origin(), fresh=fresh))
         if artifact is None:
-            artifact = train(lesson.given.recipe, world, _job(lesson, world, prepared), cut_short)
+            check_text(lesson.given.recipe, world, prepared)
+            job = _job(lesson, world, prepared)
+            world.from_main(lambda: take(lesson.given, lesson.origin()))
+            artifact = train(lesson.given.recipe, world, job, cut_short)
         if artifact is None:
             report("requeue")
     return artifact
@@ -130,23 +134,12 @@ class _Course:
             "student_init": settings.student.init,
             "parameters": model_parameters(recipe.model, recipe.tokenizer.vocab_size),
             "teacher_parameters": model_parameters(teacher.model, teacher.tokenizer.vocab_size),
-            **self._sparsity(),
+            **(
+                {}
+                if self._lesson.start is None
+                else sparsity_trained(self._world, self._lesson.start, self._lesson.given.folder, self._lesson.named)
+            ),
         }
-
-    def _sparsity(self) -> dict[str, Any]:
-        """Raises StageFailed where a weight that was 0 is not."""
-        from largeformer.checkpoint.commit import newest
-
-        lesson, start = self._lesson, self._lesson.start
-        if start is None:
-            return {}
-
-        def kept() -> dict[str, Any]:
-            last = newest(lesson.given.folder / "checkpoints")
-            assert last is not None, "training has saved its last step"
-            return sparsity_kept(start, last, lesson.named)
-
-        return self._world.from_main(kept)
 
 
 class _Taught:

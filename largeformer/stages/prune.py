@@ -20,8 +20,9 @@ from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions, prepared_data
+from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.held_out import held_out_figures, held_out_loss
-from largeformer.stages.common.inputs import Input, claim_derived, input_of, record
+from largeformer.stages.common.inputs import Input, finished, input_of, record, take
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.weights import inference_layout, load_model
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -61,10 +62,13 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
         given = input_of(recipe, entry, source)
         if given.source.prepared.kind != prepared_data.KIND:
             raise BadInputError(f"{given.source.checkpoint} has no prepared text to train on: prune at once, without prune.schedule")
-        artifact = world.from_main(lambda: claim_derived(given, given.origin(), fresh=fresh))
+        artifact = world.from_main(lambda: finished(given, given.origin(), fresh=fresh))
         if artifact is not None and "sparsity" in artifact.metrics:
             return artifact
-        artifact = artifact or _train(given, world, cut_short)
+        if artifact is None:
+            check_text(given.recipe, world, given.source.prepared)
+            world.from_main(lambda: take(given, given.origin()))
+            artifact = _train(given, world, cut_short)
         if artifact is None:
             report("requeue")
             return None
@@ -122,16 +126,16 @@ def _measured(given: Input, world: World, artifact: Artifact) -> Artifact:
     return artifact
 
 
-Work = Callable[[Input, Recipe, World], dict[str, Any]]
+Work = Callable[[Input, Recipe, World, Callable[[], None]], dict[str, Any]]
 
 
 def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -> Artifact:
-    """What `work` gives as metrics, as an artifact; or the one that is there."""
+    """What `work` gives as metrics, as an artifact; or the one that is there. The folder is taken by `work`, right before it writes."""
     from largeformer.models.flops import parameter_count
 
     written = _as_written(recipe, given)
-    origin = given.origin()
-    there = world.from_main(lambda: claim_derived(replace(given, recipe=written), origin, fresh=fresh))
+    origin, own = given.origin(), replace(given, recipe=written)
+    there = world.from_main(lambda: finished(own, origin, fresh=fresh))
     if there is not None:
         return there
     vocab = given.recipe.tokenizer.vocab_size
@@ -142,7 +146,7 @@ def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -
         "parameters_before": before,
         "parameters": parameters,
         "parameters_kept": parameters / before,
-        **work(given, written, world),
+        **work(given, written, world, lambda: world.from_main(lambda: take(own, origin))),
     }
     artifact = Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], metrics, library_versions(_LIBRARIES))
     world.from_main(artifact.write)
@@ -164,7 +168,7 @@ def _as_written(recipe: Recipe, given: Input) -> Recipe:
     return read.model_copy(update={"model": model, "parallel": recipe.parallel, "train": at_stage(recipe, given.entry).train})
 
 
-def _smaller(given: Input, written: Recipe, world: World) -> dict[str, Any]:
+def _smaller(given: Input, written: Recipe, world: World, begin: Callable[[], None]) -> dict[str, Any]:
     """Width or depth: measure what each part is worth, and cut the weights."""
     from largeformer.compression.pruning.shape import narrowed
     from largeformer.compression.pruning.structured import choose
@@ -177,11 +181,22 @@ def _smaller(given: Input, written: Recipe, world: World) -> dict[str, Any]:
     del chunks
     kept = choose(importance, recipe.model, written.model, gone)
     stored = StoredTensors.of_checkpoint(checkpoint)
+    begin()
     made = _write_cut(stored, kept, importance, recipe.model, written, given.folder, world)
     table = {**importance.table(), "kept": kept.table(), "removed_in_order": gone}
     world.from_main(lambda: _write_json(given.folder / "importance.json", table))
     axes = {axis: {"before": old, "after": new} for axis, (old, new) in narrowed(recipe.model, written.model).items()}
-    return {"axes": axes, "table": "importance.json", **held_out_figures(loss, _loss_of(made, given, written, world))}
+    figures = held_out_figures(loss, _loss_of(made, given, written, world))
+    return {"axes": axes, "table": "importance.json", **figures, **world.from_main(lambda: _zeros_left(made))}
+
+
+def _zeros_left(made: Path) -> dict[str, Any]:
+    """What the manifest says of the zeros in a model that was cut from a sparse one. On one process."""
+    from largeformer.compression.pruning.sparsity import has_zeros, sparsity_metrics
+    from largeformer.export.streaming import StoredTensors
+
+    stored = StoredTensors.of_checkpoint(made)
+    return {"sparsity": sparsity_metrics(stored)} if has_zeros(stored) else {}
 
 
 def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> tuple[Any, list[int] | None]:
@@ -226,7 +241,7 @@ def _loss_of(checkpoint: Path, given: Input, written: Recipe, world: World) -> L
     return held_out_loss(recipe, world, given.source, load_model(recipe, world, checkpoint), "valid")
 
 
-def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
+def _sparser(given: Input, written: Recipe, world: World, begin: Callable[[], None]) -> dict[str, Any]:
     """Zeros, at once."""
     from largeformer.compression.pruning.unstructured import sparsify
     from largeformer.models.gpt import build_gpt
@@ -242,6 +257,7 @@ def _sparser(given: Input, written: Recipe, world: World) -> dict[str, Any]:
     batches = [] if prune.method == "magnitude" else calibration(recipe, world, given.source, prune.calibration)
     sparsify(chunks[0], shards, world.groups, recipe.model, prune, batches)
     after = held_out_loss(recipe, world, given.source, chunks, "valid")
+    begin()
     made = save_weights(given.folder / "checkpoints", shards, recipe_yaml(written))
     return {**held_out_figures(loss, after), **world.from_main(lambda: _zeros(given, made))}
 

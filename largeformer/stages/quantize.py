@@ -24,7 +24,10 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions
-from largeformer.stages.common.inputs import Input, claim_derived, input_of, record
+from largeformer.stages.common.calibrating import check_calibration
+from largeformer.stages.common.feeding import check_text
+from largeformer.stages.common.held_out import check_held_out
+from largeformer.stages.common.inputs import Input, finished, input_of, record, take
 from largeformer.stages.common.training import LIBRARIES, TrainingJob, train
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -50,7 +53,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     flat = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
         given = input_of(recipe, entry, source)
-        done = _claim(given, world, fresh)
+        done, _ = _look(given, world, fresh)
         if done is not None:
             return done
         made = _finish(given, world, _unfinished(given), None)
@@ -65,11 +68,12 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
     cut_short = interruptions.cut_short(recipe)
     with reporting(recipe, STAGE) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
-        done = _claim(given, world, fresh)
-        if done is not None:
-            return done
-        artifact = world.from_main(lambda: Artifact.read(given.folder))
+        artifact, complete = _look(given, world, fresh)
+        if complete:
+            return artifact
         if artifact is None:
+            check_text(given.recipe, world, given.source.prepared)
+            world.from_main(lambda: take(given, given.origin()))
             artifact = _train(given, world, cut_short)
         if artifact is None:
             report("requeue")
@@ -77,15 +81,20 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
         return _finish(given, world, artifact, replace(given.source, checkpoint=_newest(given)))
 
 
-def _claim(given: Input, world: World, fresh: bool) -> Artifact | None:
-    """The artifact of a stage that is complete; else the folder is this one's. Collective."""
+def _look(given: Input, world: World, fresh: bool) -> tuple[Artifact | None, bool]:
+    """The artifact that is there, and whether it is complete, or only its training. Raises BadInputError for what cannot be. Collective."""
     from largeformer.compression.quantization.description import is_described
     from largeformer.stages.quantize_checks import check
 
-    def look() -> Artifact | None:
+    def look() -> tuple[Artifact | None, bool]:
         check(given.recipe)
-        done = claim_derived(given, given.origin(), fresh=fresh)
-        return done if done is not None and is_described(given.folder) else None
+        done = finished(given, given.origin(), fresh=fresh)
+        if done is not None and is_described(given.folder):
+            return done, True
+        flat = _flat(given, world).recipe
+        check_calibration(flat, given.source, flat.quantize.calibration, flat.layout(world.info.world_size).data)
+        check_held_out(flat, given.source, "test")
+        return done, False
 
     return world.from_main(look)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from largeformer.config.quantize import QuantizeConfig
 from largeformer.config.schema import Recipe
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.calibrating import calibration
-from largeformer.stages.common.inputs import Input
+from largeformer.stages.common.inputs import Input, take
 from largeformer.stages.common.sparse import sparsity_kept
 from largeformer.stages.common.weights import Source, load_model
 
@@ -178,9 +179,10 @@ def start_of_training(given: Input, world: World, config_yaml: str) -> Start:
 def quantize(given: Input, world: World, trained: Source | None, config_yaml: str) -> Made:
     """Scales for the model that the stage was given, or has `trained`; and what they do to it on held-out text, beside the given one.
 
-    `given` is at an inference layout, which is the world's. A checkpoint is written unless the stage has trained one. Collective.
+    `given` is at an inference layout, which is the world's. Unless the stage has trained one, its folder is taken for a checkpoint, once
+    nothing can be refused any more. Collective.
     """
-    from largeformer.compression.quantization.description import Description, check_scales
+    from largeformer.compression.quantization.description import Description, as_integers, check_scales
     from largeformer.compression.quantization.layers import by_name, nearest_scales, quantized, with_input_scales
 
     work = _Work.on(given, world, (trained or given.source).checkpoint)
@@ -203,10 +205,15 @@ def quantize(given: Input, world: World, trained: Source | None, config_yaml: st
     for linear, (_, weights) in solved.items():
         if linear in scales:
             set_local(linear, weights)
-    checkpoint = trained.checkpoint if trained is not None else work.save(given.folder / "checkpoints", config_yaml)
+    if trained is not None:
+        checkpoint = trained.checkpoint
+    else:
+        world.from_main(lambda: take(given, given.origin()))
+        checkpoint = work.save(given.folder / "checkpoints", config_yaml)
     ignore = tuple(names.all([linear for linear in work.each if linear not in scales]))
     described = Description(work.scheme, settings.method, ignore, named, checkpoint.name)
-    zeros = world.from_main(lambda: sparsity_kept(given.source.checkpoint, checkpoint))
+    integers = partial(as_integers, described=described, model=work.recipe.model)
+    zeros = world.from_main(lambda: sparsity_kept(given.source.checkpoint, checkpoint, deployed=integers))
     with quantized(work.scheme, scales, world.groups):
         quality = _beside_the_given(work, given)
     table = {name: {"relative_error": error.relative, "sqnr_db": error.sqnr_db, "float": name in ignore} for name, error in errors.items()}

@@ -109,3 +109,5 @@ def test_a_stage_beyond_its_limits_fails_and_is_not_gone_on_from(recipe: Path) -
     done = start("run", "-c", str(recipe), "quantize.scheme=w8a16", "quality.limits={prune: {max_kl: 1.0e-9}}")
     assert done.returncode == 1 and "prune: kl is" in done.stderr, done.stderr[-3000:]
     assert status(run) == "failed" and "prune" not in identities(run)
+    done = start("distill", "-c", str(recipe), "--fresh")
+    assert done.returncode == 2 and "prune has left checkpoints but has not finished" in done.stderr, done.stderr[-3000:]

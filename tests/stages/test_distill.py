@@ -17,6 +17,7 @@ from largeformer import cli
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
+from largeformer.export.streaming import StoredTensors
 from largeformer.parallel.groups import destroy_groups
 from largeformer.stages.distill_pupils import chosen_layers, pairs_of
 from largeformer.training.checkpointing import load_weights
@@ -124,6 +125,51 @@ def test_a_run_that_stops_in_the_middle_ends_the_same(settings: dict[str, Any], 
     one, two = weights(trained / "distill"), weights(tmp_path / "other" / "run" / "distill")
     assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
     assert any(name.startswith("distillation.") for name in one) is ("hidden" in settings)
+    read = StoredTensors.of_checkpoint(trained / "distill" / "checkpoints" / "step_00000004").names
+    assert sorted(read) == sorted(name for name in one if not name.startswith("distillation."))
+
+
+def test_what_has_not_finished_is_built_on_only_where_it_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a stage is left that is beyond its `quality.limits`: checkpoints, and no manifest."""
+    run, recipe = tmp_path / "run", str(write_recipe(tmp_path))
+    shutil.copytree(finished, run)
+    (run / "distill" / "manifest.json").unlink()
+    prune = ["prune", "-c", recipe, "prune.method=magnitude"]
+    assert largeformer(*prune) == 2
+    assert f"{run / 'distill'} has left checkpoints but has not finished" in capsys.readouterr().err
+    assert not (run / "prune").exists()
+    assert largeformer(*prune, "--from", str(run / "distill")) == 0
+
+
+LATER = {
+    "width": (["prune", "prune.ffn_hidden_size=32"], "prune"),
+    "depth": (["prune", "prune.method=depth", "prune.num_layers=1"], "prune"),
+    "zeros": (["prune", "prune.method=magnitude"], "prune"),
+    "integers": (["quantize", "quantize.calibration.samples=2", "quantize.evaluation_tokens=64"], "quantize"),
+    "export": (["export", "export.formats=[hf]", "export.gate_tokens=64"], "export"),
+}
+
+
+@pytest.mark.slow
+def test_later_stages_do_not_read_projections(trained: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    recipe = str(write_recipe(trained.parent, distill=NARROW))
+    assert largeformer("distill", "-c", recipe) == 0
+    assert any(name.startswith("distillation.") for name in weights(trained / "distill"))
+    for name, (arguments, stage) in LATER.items():
+        run = trained.parent / name / "run"
+        shutil.copytree(trained, run)
+        assert largeformer(*arguments, "-c", recipe, f"run.output_dir={run}", "--from", str(trained / "distill")) == 0, name
+        if stage != "export":
+            assert not any("projections" in name for name in weights(run / stage))
+
+
+def test_only_pretraining_goes_on_from_the_checkpoint_that_the_recipe_names(finished: Path, trained: Path) -> None:
+    recipe = write_recipe(trained.parent, checkpoint={"load": str(finished / "distill")})
+    assert largeformer("run", "-c", str(recipe)) == 0
+    assert [row["step"] for row in rows(trained)] == list(range(1, STEPS + 1))
 
 
 def test_the_teachers_layers_are_copied(trained: Path, one_process: Callable[[Recipe], Built]) -> None:
@@ -190,8 +236,11 @@ def test_offline_with_the_whole_vocabulary_is_online(trained: Path, tmp_path: Pa
 def test_answers_of_another_teacher_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(trained.parent, distill={**HALF, "offline": {"folder": str(tmp_path / "answers")}})
     assert largeformer("distill", "-c", str(recipe)) == 0
-    assert largeformer("distill", "-c", str(recipe), "distill.temperature=2.0", "--fresh") == 2
+    before = {path: path.stat().st_mtime_ns for path in (trained / "distill").rglob("*") if path.is_file()}
+    assert largeformer("run", "-c", str(recipe), "distill.temperature=2.0") == 2
     assert "temperature was 3.0, is 2.0" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (trained / "distill").rglob("*") if path.is_file()} == before
+    assert not (trained / "distill.old-1").exists()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -64,6 +64,10 @@ def prune(trained: Path, recipe: Path, tmp_path: Path) -> Iterator[Callable[...,
     yield run
 
 
+def written_at(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def metrics(run: Path, stage: str = "prune") -> dict[str, Any]:
     return json.loads((run / stage / "manifest.json").read_text())["metrics"]  # type: ignore[no-any-return]
 
@@ -177,6 +181,22 @@ def test_bad_input_exits_with_2_and_leaves_all_as_it_was(
     error = capfd.readouterr().err
     assert sentence in error and "Traceback" not in error
     assert not list(prune.run.glob("prune/checkpoints/*")) and (prune.run / "pretrain" / "manifest.json").exists()
+
+
+REFUSED = {
+    "no text": (["prune.calibration.text=/nowhere"], "calibration.text /nowhere cannot be read"),
+    "zeros, no text": (["prune.method=wanda", "prune.calibration.text=/nowhere"], "calibration.text /nowhere cannot be read"),
+    "pattern": (["prune.method=wanda", "prune.pattern=2:7"], "prune.pattern 2:7 does not divide model.hidden_size 64"),
+}
+
+
+def test_what_is_refused_leaves_the_finished_stage_where_it_is(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert prune("prune.ffn_hidden_size=64", "prune.importance=weight") == 0
+    before = written_at(prune.run / "prune")
+    for name, (overrides, sentence) in REFUSED.items():
+        assert prune(*overrides, "--fresh") == 2, name
+        assert sentence in capfd.readouterr().err
+        assert written_at(prune.run / "prune") == before and not (prune.run / "prune.old-1").exists(), name
 
 
 def test_a_bad_entry_of_a_chain_is_told_before_anything_runs(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -247,10 +247,12 @@ def test_groups_that_do_not_fit_a_shard() -> None:
 @pytest.mark.slow
 def test_groups_that_do_not_fit_a_shard_end_with_2_and_leave_everything(copy: Path) -> None:
     alone = "parallel.pipeline_model_parallel_size=1"
-    done = start("quantize", "--from", str(copy), CALIBRATION, alone, *SHARDS_OF_GROUPS, launcher="torchrun")
+    assert quantize(copy, alone) == 0
+    before = {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()}
+    done = start("quantize", "--from", str(copy), CALIBRATION, alone, *SHARDS_OF_GROUPS, "--fresh", launcher="torchrun")
     assert SHARDS_SENTENCE in done.stderr and "Traceback (most" not in done.stdout
     assert "exitcode  : 2" in done.stderr, done.stderr[-3000:]
-    assert not (copy / "quantize").exists()
+    assert {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()} == before
 
 
 def test_layers_that_stay_floats_may_be_of_any_size(copy: Path) -> None:
@@ -260,7 +262,42 @@ def test_layers_that_stay_floats_may_be_of_any_size(copy: Path) -> None:
     assert metrics(copy)["float_layers"] == kept
 
 
+FRESHLY_REFUSED = {
+    "no text": BAD["text that is not there"],
+    "no text to train beside": (["quantize.method=qat", *BAD["text that is not there"][0]], BAD["text that is not there"][1]),
+    "group size": BAD["group size"],
+}
+
+
+def test_what_is_refused_leaves_the_finished_stage_where_it_is(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also scales that are not finite, which show late."""
+    monkeypatch.chdir(tmp_path)
+    alone = "parallel.pipeline_model_parallel_size=1"
+    assert quantize(copy, alone) == 0
+    before = {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()}
+
+    def refused(sentence: str, *overrides: str) -> None:
+        assert quantize(copy, alone, *overrides, "--fresh") == 2
+        assert sentence in capfd.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()} == before
+        assert not (copy / "quantize.old-1").exists()
+
+    for overrides, sentence in FRESHLY_REFUSED.values():
+        refused(sentence, *overrides)
+    _break_scales(monkeypatch)
+    refused("a scale must be finite and above 0", "quantize.scheme=w8a16")
+
+
 def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    _break_scales(monkeypatch)
+    assert quantize(copy) == 2
+    assert "weight_scale holds nan: a scale must be finite and above 0" in capfd.readouterr().err
+    assert not (copy / "quantize" / "checkpoints").exists()
+
+
+def _break_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     from largeformer.compression.quantization import layers as quantization
 
     original = quantization.weight_scales
@@ -271,9 +308,6 @@ def test_weights_that_are_not_finite_are_bad_input(copy: Path, monkeypatch: pyte
         return given
 
     monkeypatch.setattr(quantization, "weight_scales", broken)
-    assert quantize(copy) == 2
-    assert "weight_scale holds nan: a scale must be finite and above 0" in capfd.readouterr().err
-    assert not (copy / "quantize" / "checkpoints").exists()
 
 
 @pytest.mark.slow

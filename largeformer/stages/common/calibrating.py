@@ -15,6 +15,7 @@ from largeformer.stages.common import prepared_data
 from largeformer.stages.common.weights import Source
 
 if TYPE_CHECKING:
+    from largeformer.data.loader import Reading
     from largeformer.parallel.batch import Batch
     from largeformer.stages.common.world import World
 
@@ -22,13 +23,23 @@ if TYPE_CHECKING:
 def calibration(recipe: Recipe, world: World, source: Source, settings: CalibrationConfig) -> list[Batch]:
     """This data rank's batches, on its device. `recipe` is shaped like the model. Raises BadInputError where the text is empty, cannot be
     read, or was cut by another tokenizer."""
-    from largeformer.data.calibration import calibration_batches
     from largeformer.data.loader import Reading
 
-    at = world.groups.coordinates
-    reading = Reading(recipe.train.micro_batch_size, at.data, world.groups.layout.data)
-    batches = calibration_batches(_streams(recipe, source, settings.text), recipe.model.seq_length, settings.samples, reading)
-    return [batch.to(world.device) for batch in batches]
+    reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data)
+    return [batch.to(world.device) for batch in _batches(recipe, source, settings, reading)]
+
+
+def check_calibration(recipe: Recipe, source: Source, settings: CalibrationConfig, data_size: int) -> None:
+    """Raise what `calibration` would at so many data ranks. On one process."""
+    from largeformer.data.loader import Reading
+
+    _batches(recipe, source, settings, Reading(recipe.train.micro_batch_size, 0, data_size))
+
+
+def _batches(recipe: Recipe, source: Source, settings: CalibrationConfig, reading: Reading) -> list[Batch]:
+    from largeformer.data.calibration import calibration_batches
+
+    return calibration_batches(_streams(recipe, source, settings.text), recipe.model.seq_length, settings.samples, reading)
 
 
 def _streams(recipe: Recipe, source: Source, text: str | None) -> list[np.ndarray]:

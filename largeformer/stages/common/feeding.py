@@ -67,6 +67,11 @@ def training_batches(recipe: Recipe, world: World, prepared: Artifact) -> Callab
     return _batches_of(recipe, text.splits.train, text)
 
 
+def check_text(recipe: Recipe, world: World, prepared: Artifact) -> None:
+    """Raise BadInputError where training could not read the prepared data as the recipe wants it. Collective."""
+    _open(recipe, world, prepared)
+
+
 def samples_to_train_on(recipe: Recipe) -> int:
     """How many samples a run may come to read: its own, and those that take the place of what is left out."""
     from largeformer.data.ramp import BatchSizes

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
 
 
+def check_held_out(recipe: Recipe, source: Source, split: Literal["valid", "test"]) -> None:
+    """Raise BadInputError where the run's data has no such split. On one process."""
+    from largeformer.data.splits import held_out_streams
+
+    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
+    held_out_streams(recipe.data, prepared_data.prefixes(recipe, source.prepared.path), tokenizer, split, recipe.run.seed)
+
+
 def held_out_loss(recipe: Recipe, world: World, source: Source, chunks: Sequence[GPT], split: Literal["valid", "test"]) -> LossTotal:
     """Collective; alike on every rank. `recipe` is shaped like the model. Raises BadInputError where another tokenizer cut the data."""
     from largeformer.data.indexed import check_tokenizer

@@ -17,6 +17,7 @@ from largeformer.checkpoint.manifest import MANIFEST as CHECKSUMS
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.stages.common.claim import CONFIG, belongs_to_another, holds_results, set_aside
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
@@ -50,8 +51,10 @@ class Input:
 
 def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
     """What `entry` of the recipe's chain works on: the checkpoint at `source` (a run, a stage or a checkpoint), by default that of the
-    stage before it. Collective. Raises BadInputError where there is none."""
-    found = find_source(recipe, source or stage_before(recipe, entry))
+    stage before it. Collective. Raises BadInputError where there is none, or that stage has not finished."""
+    from largeformer.parallel.agreement import from_main
+
+    found = find_source(recipe, source or from_main(lambda: stage_before(recipe, entry)))
     made_by = Artifact.read(found.checkpoint.parent.parent)
     folder = Path(recipe.run.output_dir) / entry.name
     return Input(shaped_like(at_stage(recipe, entry), found.checkpoint), entry, found, made_by, folder)
@@ -59,25 +62,37 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
 
 def stage_before(recipe: Recipe, entry: StageEntry) -> Path:
     """The folder of the nearest stage before `entry` in the recipe's own run that has left checkpoints; of one that does not stand in
-    `run.stages` the last of all."""
+    `run.stages` the last of all. Raises BadInputError where that stage has not finished."""
     run, names = Path(recipe.run.output_dir), [other.name for other in recipe.run.stages]
     earlier = names[: names.index(entry.name)] if entry.name in names else [name for name in names if name != entry.name]
     models = [run / name for name in ("import", *earlier) if (run / name / "checkpoints").is_dir()]
+    if models and Artifact.read(models[-1]) is None:
+        raise BadInputError(
+            f"{models[-1]} has left checkpoints but has not finished: it was interrupted, or is beyond its quality.limits. Run "
+            f"{models[-1].name} to its end, or work on it as it is with --from {models[-1]}"
+        )
     return models[-1] if models else run
 
 
-def claim_derived(given: Input, origin: Mapping[str, Any], *, fresh: bool) -> Artifact | None:
-    """Make the stage's folder this origin's; the artifact where it has finished already and its checkpoint is whole. On rank 0 only.
+def finished(given: Input, origin: Mapping[str, Any], *, fresh: bool) -> Artifact | None:
+    """The artifact in the stage's folder, where it is this origin's and its checkpoint is whole. Touches nothing. On rank 0 only.
 
-    Raises BadInputError where the folder holds results of another origin; with `fresh` these are set aside instead.
+    Raises BadInputError where the folder holds results of another origin, unless `fresh` allows to set them aside.
     """
-    folder, done = given.folder, Artifact.read(given.folder)
-    if done is not None and done.identity == identity_hash(origin) and not _damaged(folder):
+    done = Artifact.read(given.folder)
+    if done is not None and done.identity == identity_hash(origin) and not _damaged(given.folder):
         return done
-    held = _origin_in(folder) if holds_results(folder) else None
-    if held is not None and (held != dict(origin) or done is not None):
-        if held != dict(origin) and not fresh:
-            raise belongs_to_another(folder, held, origin)
+    held = _origin_in(given.folder)
+    if held not in (None, dict(origin)) and not fresh:
+        raise belongs_to_another(given.folder, held or {}, origin)
+    return None
+
+
+def take(given: Input, origin: Mapping[str, Any]) -> None:
+    """Make the stage's folder this origin's: what has not finished of it stays, other results are set aside. On rank 0 only, and only once
+    nothing can be refused any more."""
+    folder, held = given.folder, _origin_in(given.folder)
+    if held is not None and (held != dict(origin) or Artifact.read(folder) is not None):
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ORIGIN, (json.dumps(origin, indent=2) + "\n").encode())
@@ -105,8 +120,10 @@ def _damaged(folder: Path) -> bool:
     return checkpoint is None or bool(quick_problems(checkpoint))
 
 
-def _origin_in(folder: Path) -> dict[str, Any]:
-    """Empty where it cannot be told."""
+def _origin_in(folder: Path) -> dict[str, Any] | None:
+    """Whose the results in `folder` are: empty where it cannot be told, None where there are none."""
+    if not holds_results(folder):
+        return None
     try:
         held = json.loads((folder / ORIGIN).read_text())
     except (OSError, ValueError):
