@@ -31,7 +31,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
         "prune": {"method": "magnitude", "pattern": "2:4"},
         "quantize": {"scheme": "w4a16", "group_size": 16, "symmetric": False, "calibration": {"samples": 2}, "evaluation_tokens": 64},
-        "export": {"formats": ["hf", "hf-int8"], "gate_tokens": 64},
+        "export": {"formats": ["hf", "hf-int8", "largeformer"], "gate_tokens": 64},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -106,6 +106,7 @@ def test_an_export_says_how_sparse_it_is(copy: Path) -> None:
     found, source = metrics(copy, "export"), metrics(copy, "prune")["sparsity"]
     assert found["sparsity"]["zeros"] == source["zeros"]
     assert found["formats"]["hf"]["sparsity"]["model"] == {"zeros": source["zeros"], "weights": source["weights"]}
+    assert found["formats"]["largeformer"]["sparsity"] == found["formats"]["hf"]["sparsity"]
     assert found["formats"]["hf-int8"]["sparsity"]["model"]["zeros"] >= source["zeros"]
 
 
