@@ -11,6 +11,7 @@ no document is noticed, not waited for; index files on disk are complete or not 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -201,23 +202,53 @@ class SourceDraws:
 
 
 def _build_once(build: Callable[[Path], Splits], folder: Path) -> Splits:
-    """`build(folder)` on every rank, after global rank 0 alone has filled the folder: it is complete, or it is not there."""
+    """`build(folder)` on every rank, after global rank 0 alone has filled the folder: it is complete, or it is not there. What that
+    fails of, the others fail of too."""
     rank = dist.get_rank() if dist.is_initialized() else 0
+    failed = folder.with_name(f"{folder.name}.failed")
+    if rank == 0:
+        failed.unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
     if rank == 0 and not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        try:
+            _build(build, folder)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # on a full disk the file is empty, and there
+                failed.write_text(f"{type(error).__name__}: {error}")
+            raise
+    while not folder.is_dir():  # not by a collective, which would time out over a long build
+        if failed.exists():
+            raise BadInputError(f"the order of samples could not be made on rank 0: {failed.read_text() or 'its own message says why'}")
+        time.sleep(_POLL_S)
+    if dist.is_initialized():
+        dist.barrier()
+    _check_arrays(folder)
+    return build(folder)
+
+
+def _build(build: Callable[[Path], Splits], folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
         temporary.chmod(folder.parent.stat().st_mode)
         build(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:
-            assert folder.is_dir()  # Another run was faster: the same files.
-            shutil.rmtree(temporary)
-    while not folder.is_dir():  # not by a collective, which would time out over a long build
-        time.sleep(_POLL_S)
-    if dist.is_initialized():
-        dist.barrier()
-    return build(folder)
+            if not folder.is_dir():  # else another run was faster: the same files
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_arrays(folder: Path) -> None:
+    """Megatron-core opens its index files in a way that runs what a pickle among them holds: nothing but arrays may lie here."""
+    for path in sorted(folder.rglob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{path} is not the array that was written ({error}): remove {folder}, and it is made anew") from None
 
 
 def _fingerprint(prefix: Path) -> list[Any]:

@@ -243,3 +243,46 @@ def test_all_ranks_see_the_samples_of_one_process(ranks, sources, tmp_path: Path
     expected = tokens(built.train, 60) + tokens(built.valid, 10) + tokens(built.test, 10)
     assert ranks(2).run(build_on_ranks, chosen, tmp_path / "two") == [expected, expected]
     assert len(list((tmp_path / "two").iterdir())) == 1
+
+
+def refused_on_ranks(ranks: RankContext, sources: list[tuple[Path, float]], scores: Path, cache: Path) -> str:
+    sampling = {"type": "curriculum", "difficulty": "loss", "scores": str(scores)}
+    data = DataConfig.model_validate({"sources": [{"path": "text"}], "split": "80,10,10", "sampling": sampling})
+    with pytest.raises(BadInputError) as refusal:
+        build_splits(data, SEQ, TOKENIZER, sources, (60, 10, 10), 3, cache)
+    return str(refusal.value)
+
+
+def test_all_ranks_end_where_the_order_cannot_be_made(ranks, sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(2):  # also where an earlier failure is written there
+        told = ranks(2).run(refused_on_ranks, sources[:1], tmp_path / "nowhere", tmp_path / "cache")
+        assert all("data.sampling.scores" in sentence for sentence in told)
+    built = ranks(2).run(build_on_ranks, sources[:1], tmp_path / "cache")
+    assert built[0] == built[1]
+
+
+class Bomb:
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._trace,)
+
+
+def poison_each_index(ranks: RankContext, sources: list[tuple[Path, float]], cache: Path, trace: Path) -> int:
+    build_on_ranks(ranks, sources, cache)
+    arrays = sorted(cache.rglob("*.npy"))
+    for array in arrays:
+        content = array.read_bytes()
+        array.write_bytes(pickle.dumps(Bomb(trace)))
+        with pytest.raises(BadInputError, match=r"remove .* and it is made anew"):
+            build_on_ranks(ranks, sources, cache)
+        array.write_bytes(content)
+    return len(arrays)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["one source", "two sources"])
+def test_nothing_runs_that_is_hidden_among_the_indices(ranks, sources, tmp_path: Path, number: int) -> None:  # type: ignore[no-untyped-def]
+    (poisoned,) = ranks(1).run(poison_each_index, sources[:number], tmp_path / "cache", tmp_path / "trace")
+    assert poisoned > 6
+    assert not (tmp_path / "trace").exists()
