@@ -119,6 +119,11 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return _read_json(folder / STATUS, "delete it")
 
 
+def is_set_aside(folder: Path) -> bool:
+    """Whether a stage's folder holds an earlier result that was put out of the way, such as `pretrain.old-1`."""
+    return ".old-" in folder.name
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a crash leaves the old file or the new one: temporary file, fsync, rename."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from largeformer.artifact import sync_folder, write_atomically
+from largeformer.artifact import is_set_aside, sync_folder, write_atomically
 from largeformer.checkpoint.manifest import Digest, write_manifest
 from largeformer.errors import BadInputError
 from largeformer.parallel.agreement import from_main, gather, is_main
@@ -111,19 +111,32 @@ def newest(folder: Path) -> Path | None:
 
 
 def candidates(source: Path) -> list[Path]:
-    """The checkpoints that `source` may mean, newest first: itself, or those of a `checkpoints`, stage or run folder.
+    """The checkpoints of one training that `source` may mean, newest first: itself, or those of a `checkpoints`, stage or run folder.
+
+    Raises BadInputError where there is none, or a run has those of several stages.
+    """
+    first, *others = stages_with_checkpoints(source)
+    if others:
+        names = [found[0].parent.parent.name for found in (first, *others)]
+        raise BadInputError(f"{source} holds checkpoints of several stages ({', '.join(names)}): name one, as in {source}/{names[-1]}")
+    return first
+
+
+def stages_with_checkpoints(source: Path) -> list[list[Path]]:
+    """All checkpoints that `source` may mean, those of each stage newest first; of a run, what was set aside is left out.
 
     Raises BadInputError where there is none.
     """
     if is_checkpoint(source):
-        return [source]
-    for folder in (source, source / "checkpoints", *sorted(source.glob("*/checkpoints"))):
-        found = committed(folder)
-        if found:
-            return found[::-1]
-    raise BadInputError(
-        f"{source} holds no checkpoint: name a run, a stage, or a folder such as {source}/pretrain/checkpoints/step_00000100"
-    )
+        return [[source]]
+    own = committed(source) or committed(source / "checkpoints")
+    stages = [] if own else [folder for folder in sorted(source.glob("*/checkpoints")) if not is_set_aside(folder.parent)]
+    found = [checkpoints[::-1] for checkpoints in (own, *map(committed, stages)) if checkpoints]
+    if not found:
+        raise BadInputError(
+            f"{source} holds no checkpoint: name a run, a stage, or a folder such as {source}/pretrain/checkpoints/step_00000100"
+        )
+    return found
 
 
 def is_checkpoint(path: Path) -> bool:

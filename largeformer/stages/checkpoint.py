@@ -20,35 +20,33 @@ GIB = 2**30
 
 
 def show_list(source: Path, as_json: bool) -> int:
-    """One row a checkpoint, the oldest first. Sizes of files are compared, their contents are not."""
-    from largeformer.checkpoint.commit import candidates
+    """One row a checkpoint, stage by stage, the oldest first. Sizes of files are compared, their contents are not."""
     from largeformer.checkpoint.verify import quick_problems
 
-    rows = [_row(path, quick_problems(path)) for path in reversed(candidates(source))]
+    rows = [_row(path, quick_problems(path)) for path in _all(source)]
     if as_json:
         print(json.dumps({"checkpoints": rows}, indent=2))
         return 0
-    table = Table("step", "samples", "tokens", "val_loss", "size", "layout", "files", box=None, pad_edge=False)
+    table = Table("stage", "step", "samples", "tokens", "val_loss", "size", "layout", "files", box=None, pad_edge=False)
     for row in rows:
         number = ["-" if row[key] is None else f"{row[key]:,}" for key in ("samples", "tokens")]
         loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         state = "complete" if not row["problems"] else f"damaged: {row['problems'][0]}"
-        table.add_row(f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", state)
+        table.add_row(row["stage"], f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", state)
     Console(soft_wrap=True).print(table)
     return 0
 
 
 def verify(source: Path, as_json: bool) -> int:
     """Read every file of every checkpoint under `source`. Returns 1 where any is damaged."""
-    from largeformer.checkpoint.commit import candidates
     from largeformer.checkpoint.verify import checkpoint_problems
 
-    found = {path: checkpoint_problems(path) for path in reversed(candidates(source))}
+    found = {path: checkpoint_problems(path) for path in _all(source)}
     if as_json:
         rows = [{"checkpoint": str(path), "valid": not problems, "problems": problems} for path, problems in found.items()]
         print(json.dumps({"checkpoints": rows}, indent=2))
     for path, problems in found.items() if not as_json else ():
-        print(f"{path.name}: {'valid' if not problems else 'DAMAGED'}")
+        print(f"{_stage(path)}/{path.name}: {'valid' if not problems else 'DAMAGED'}")
         for problem in problems:
             print(f"    {problem}")
     return 1 if any(found.values()) else 0
@@ -102,6 +100,17 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
     return 0
 
 
+def _all(source: Path) -> list[Path]:
+    from largeformer.checkpoint.commit import stages_with_checkpoints
+
+    return [path for found in stages_with_checkpoints(source) for path in reversed(found)]
+
+
+def _stage(checkpoint: Path) -> str:
+    """The name of the folder of the stage that saved it."""
+    return checkpoint.absolute().parent.parent.name
+
+
 def _valid(source: Path, hashes: bool = True, below: str = "") -> Path:
     from largeformer.checkpoint.verify import find
 
@@ -145,6 +154,7 @@ def _row(path: Path, problems: list[str]) -> dict[str, Any]:
     from largeformer.training.checkpointing import read_state
 
     row: dict[str, Any] = {
+        "stage": _stage(path),
         "step": step_of(path),
         "checkpoint": str(path),
         "samples": None,

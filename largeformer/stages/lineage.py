@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from largeformer.artifact import Artifact, read_status
+from largeformer.artifact import Artifact, is_set_aside, read_status
 from largeformer.errors import BadInputError
 
 _WIDE = 200  # where no terminal says how wide it is
@@ -72,7 +72,7 @@ def nodes(folder: Path) -> list[Node]:
     if not folder.is_dir():
         raise BadInputError(f"{folder} is no folder: name a run's output folder")
     held = [artifact for path in sorted(folder.iterdir()) if path.is_dir() and (artifact := Artifact.read(path)) is not None]
-    held = [artifact for artifact in held if ".old-" not in artifact.path.name]
+    held = [artifact for artifact in held if not is_set_aside(artifact.path)]
     if not held:
         raise BadInputError(f"no stage has finished in {folder}: name a run's output folder, such as run.output_dir of the recipe")
     order = _ordered(held)

@@ -18,6 +18,7 @@ from largeformer.checkpoint.commit import (
     committed,
     newest,
     set_aside,
+    stages_with_checkpoints,
     step_of,
     tidy,
 )
@@ -177,6 +178,16 @@ def test_candidates(tmp_path: Path, named: str) -> None:
     (folder / "step_40").mkdir()
     (folder / "step_00000050").touch()
     assert candidates(tmp_path / named) == [folder / f"step_{step:08d}" for step in NAMED[named]]
+
+
+def test_a_run_with_several_stages_means_none_of_them(tmp_path: Path) -> None:
+    for stage in ("pretrain", "distill", "pretrain.old-1"):
+        save(tmp_path / stage / "checkpoints", 10)
+    with pytest.raises(BadInputError, match=r"several stages \(distill, pretrain\): name one, as in .*/pretrain"):
+        candidates(tmp_path)
+    named = [[path.parent.parent.name for path in found] for found in stages_with_checkpoints(tmp_path)]
+    assert named == [["distill"], ["pretrain"]]
+    assert candidates(tmp_path / "pretrain.old-1") == [tmp_path / "pretrain.old-1" / "checkpoints" / "step_00000010"]
 
 
 @pytest.mark.parametrize("named", ["", "nowhere", "prepare", "prepare/step_00000030.tmp"])

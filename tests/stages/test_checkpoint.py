@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(recipe: Path, r
     (newest(run).parent / "latest").write_text("garbage")
     (row,) = [row for row in printed(capfd, "verify", str(run), "--json", code=1)["checkpoints"] if not row["valid"]]
     assert row["checkpoint"] == str(newest(run)) and str(damaged) in row["problems"][0]
-    assert "step_00000004: DAMAGED" in printed(capfd, "verify", str(run), code=1)
+    assert "pretrain/step_00000004: DAMAGED" in printed(capfd, "verify", str(run), code=1)
     done = start("pretrain", "-c", str(recipe), "train.exit_iteration=null")
     assert done.returncode == 0, done.stdout + done.stderr
     told = {event["event"]: event for event in events(run) if event["event"] in ("checkpoint damaged", "resumed")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from largeformer.artifact import MANIFEST, Artifact, read_status
+from largeformer.artifact import MANIFEST, Artifact, is_set_aside, read_status
 from largeformer.errors import BadInputError
 from largeformer.tracking.reading import last_pass, read_lines
 
@@ -66,7 +66,7 @@ def collect(folder: Path) -> Run:
 
 
 def _is_stage(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (METRICS, MANIFEST)) and ".old-" not in folder.name
+    return any((folder / name).is_file() for name in (METRICS, MANIFEST)) and not is_set_aside(folder)
 
 
 def _depth(stage: Stage) -> tuple[int, str]:
