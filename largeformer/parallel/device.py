@@ -79,6 +79,11 @@ def rng_states() -> dict[str, torch.Tensor]:
     return states
 
 
+def fits_device(states: dict[str, torch.Tensor]) -> bool:
+    """Whether `states` were saved on the kind of device that is here: generators of GPUs and CPUs do not read each other's."""
+    return ("cuda" in states) == torch.cuda.is_available()
+
+
 def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
     """The inverse of `rng_states`."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker

@@ -30,7 +30,7 @@ from largeformer.checkpoint.manifest import DamagedError, Digest, Files, read_ma
 from largeformer.errors import BadInputError
 from largeformer.models.shards import Shard
 from largeformer.parallel.agreement import from_main
-from largeformer.parallel.device import restore_rng_states, rng_states, seed_ranks
+from largeformer.parallel.device import fits_device, restore_rng_states, rng_states, seed_ranks
 from largeformer.tracking.jsonl import encode
 from largeformer.training.engine import Engine, StepResult
 from largeformer.training.state import OPTIMIZER, WEIGHTS, weight_blocks
@@ -174,8 +174,9 @@ def load_training_state(checkpoint: Path, engine: Engine, seed: int = 0) -> Trai
     engine.state.load(optimizer["kinds"], optimizer["steps"], lambda part, blocks: held[part].read(blocks))
     engine.restore_scaler(record["loss_scaler"])
     progress = Progress(**record["progress"])
-    if record["layout"] == asdict(engine.groups.layout):
-        restore_rng_states(random_states(checkpoint, engine.groups.rank))
+    random = random_states(checkpoint, engine.groups.rank) if record["layout"] == asdict(engine.groups.layout) else {}
+    if random and fits_device(random):
+        restore_rng_states(random)
     else:
         at = engine.groups.coordinates
         seed_ranks(seed + 1_000_003 * progress.step, at.tensor, at.data, at.pipeline)

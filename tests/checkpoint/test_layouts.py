@@ -6,6 +6,7 @@ embedding, and a vocabulary that is padded differently at one process and at TP2
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from largeformer.config.schema import Recipe
 from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
@@ -134,3 +136,18 @@ def test_loads_at_another_layout(
         assert torch.equal(loaded[0][0].random, loaded[1][0].random), "tensor-parallel ranks must drop the same"
     if target.startswith("DP2"):
         assert not torch.equal(loaded[0][0].random, loaded[1][0].random), "data-parallel ranks must not"
+
+
+def test_random_states_of_another_kind_of_device_are_drawn_anew(
+    ranks: Ranks, saved: Callable[[str, str], tuple[Path, State, float]], tmp_path: Path
+) -> None:
+    """From a GPU to a CPU, or back: the layout is the same, the generators are not."""
+    checkpoint, before, _ = saved("one process", "fp32")
+    copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+    states = load_file(copy / "random" / "rank_00000.safetensors")
+    there = {"cuda": states["torch"].clone()} if states.pop("cuda", None) is None else {}
+    save_file({**states, **there}, copy / "random" / "rank_00000.safetensors")
+    world_size, recipe = recipe_at("one process", "fp32")
+    ((after, _),) = ranks(world_size).run(load_and_train, recipe, copy)
+    assert_same(after.masters, before.masters, 0)
+    assert not torch.equal(after.random, before.random)
