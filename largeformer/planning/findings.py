@@ -26,10 +26,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks of the machine. `compiled_adam`: an Adam that DeepSpeed compiles; `disk_bytes`: the checkpoints kept."""
+    """What a recipe asks of the machine. `compiled_adam`: an Adam that DeepSpeed compiles; `compiled_layers`: by `torch.compile`;
+    `disk_bytes`: the checkpoints kept."""
 
     precision: str
     compiled_adam: bool
+    compiled_layers: bool
     nvme: bool
     wandb_online: bool
     disk_bytes: int
@@ -46,6 +48,7 @@ class Needs:
         return cls(
             precision=precision,
             compiled_adam=adam and (optimizer.backend.startswith("deepspeed") or (offloaded and optimizer.backend == "auto")),
+            compiled_layers=recipe.train.compile,
             nvme="nvme" in (zero.offload_optimizer, zero.offload_param),
             wandb_online=recipe.tracking.wandb.mode == "online",
             # One more than is kept: the new checkpoint is complete before the oldest goes.

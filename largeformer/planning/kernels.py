@@ -22,12 +22,12 @@ _LIBAIO_PROGRAM = "#include <libaio.h>\nint main() { io_context_t context = null
 
 
 def build_tools(needs: Needs | None, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """What compiles DeepSpeed's kernels on first use: on a CPU its collectives, so always; on a GPU only its own Adams."""
+    """What compiles DeepSpeed's kernels on first use, its own Adams and NVMe, and `torch.compile`'s: nothing else does."""
     import torch
 
     cuda = torch.version.cuda
-    needed = not torch.cuda.is_available() or (needs is not None and needs.compiled_adam)
-    lacking: Level = "error" if needed else "warning"
+    kernels = needs is not None and (needs.compiled_adam or needs.nvme)
+    lacking: Level = "error" if kernels or (needs is not None and needs.compiled_layers) else "warning"
     found = compiler(environ)
     if found is None:
         yield Finding("compiler", lacking, "no C++ compiler (c++, g++, clang++, CXX)", "install g++ (Debian) or gcc-c++ (Fedora)")
@@ -39,7 +39,7 @@ def build_tools(needs: Needs | None, environ: Mapping[str, str]) -> Iterator[Fin
         )
     beside_python = str(Path(sys.executable).parent)
     if shutil.which("ninja", path=os.pathsep.join([environ.get("PATH", ""), beside_python])) is None:
-        yield Finding("ninja", lacking, "not found", "pip install ninja")
+        yield Finding("ninja", "error" if kernels else "warning", "not found", "pip install ninja")
     if cuda and torch.cuda.is_available():
         release = cuda_release(environ)
         if release is None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from largeformer.planning import doctor, kernels
 from largeformer.planning.findings import Finding, Needs
 from largeformer.stages import doctor as stage
 
-PLAIN = Needs("fp32", compiled_adam=False, nvme=False, wandb_online=False, disk_bytes=0, output_dir=Path())
-NVME = Needs("fp32", compiled_adam=False, nvme=True, wandb_online=False, disk_bytes=0, output_dir=Path())
+PLAIN = Needs("fp32", compiled_adam=False, compiled_layers=False, nvme=False, wandb_online=False, disk_bytes=0, output_dir=Path())
+NVME = Needs("fp32", compiled_adam=False, compiled_layers=False, nvme=True, wandb_online=False, disk_bytes=0, output_dir=Path())
 
 
 def needs_of(*overrides: str) -> Needs:
@@ -47,6 +48,8 @@ def only(findings: Iterable[Finding]) -> Finding:
         pytest.param(["deepspeed=zero2_offload_cpu", "optimizer.backend=torch"], "compiled_adam", False, id="offload with PyTorch's Adam"),
         pytest.param(["optimizer.backend=deepspeed_cpu", "deepspeed=zero2_offload_cpu"], "compiled_adam", True, id="asked for by name"),
         pytest.param(["deepspeed=zero2_offload_cpu", "optimizer.type=sgd"], "compiled_adam", False, id="SGD is not compiled"),
+        pytest.param([], "compiled_layers", False, id="eager layers"),
+        pytest.param(["train.compile=true"], "compiled_layers", True, id="compiled layers"),
         pytest.param([], "wandb_online", False, id="W&B offline"),
         pytest.param(["tracking.wandb.mode=online"], "wandb_online", True, id="W&B online"),
         pytest.param(["run.output_dir=elsewhere"], "output_dir", Path("elsewhere"), id="output folder"),
@@ -162,12 +165,22 @@ def test_libaio_is_an_error_only_for_who_needs_it(tmp_path: Path) -> None:
     assert levels(kernels.libaio(PLAIN, nothing)) == []
 
 
-def test_compiler(tmp_path: Path) -> None:
-    import torch
+@pytest.mark.parametrize(
+    ("needs", "level"),
+    [
+        pytest.param(None, "warning", id="no recipe"),
+        pytest.param(PLAIN, "warning", id="nothing is compiled"),
+        pytest.param(NVME, "error", id="NVMe"),
+        pytest.param(replace(PLAIN, compiled_adam=True), "error", id="DeepSpeed's Adam"),
+        pytest.param(replace(PLAIN, compiled_layers=True), "error", id="compiled layers"),
+    ],
+)
+def test_no_compiler(tmp_path: Path, needs: Needs | None, level: str) -> None:
+    assert level in [finding.level for finding in kernels.build_tools(needs, {"PATH": str(tmp_path)}) if finding.check == "compiler"]
 
-    expected = "warning" if torch.cuda.is_available() else "error"
+
+def test_compiler(tmp_path: Path) -> None:
     assert kernels.compiler({"PATH": str(tmp_path)}) is None
-    assert expected in [finding.level for finding in kernels.build_tools(PLAIN, {"PATH": str(tmp_path)}) if finding.check == "compiler"]
     own = tmp_path / "my-c++"
     own.write_text("#!/bin/sh\n")
     own.chmod(own.stat().st_mode | stat.S_IXUSR)
@@ -214,7 +227,7 @@ def test_cpu_flags(tmp_path: Path) -> None:
 def test_fp16_is_an_error_where_the_recipe_asks_for_it() -> None:
     import torch
 
-    half = Needs("fp16", compiled_adam=False, nvme=False, wandb_online=False, disk_bytes=0, output_dir=Path())
+    half = Needs("fp16", compiled_adam=False, compiled_layers=False, nvme=False, wandb_online=False, disk_bytes=0, output_dir=Path())
     supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     assert levels(doctor.precision(half)) == ["ok" if supported else "error"]
     assert levels(doctor.precision(PLAIN)) == ["ok"]
@@ -240,7 +253,7 @@ def test_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bo
     elif key:
         host = "api.wandb.ai" if key == "netrc" else "example.org"
         (tmp_path / "netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
-    needs = Needs("fp32", compiled_adam=False, nvme=False, wandb_online=online, disk_bytes=0, output_dir=Path())
+    needs = Needs("fp32", compiled_adam=False, compiled_layers=False, nvme=False, wandb_online=online, disk_bytes=0, output_dir=Path())
     assert levels(doctor.wandb_login(needs, os.environ)) == [level]
 
 
