@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from largeformer.config.deepspeed import ZeroConfig
 from largeformer.config.schema import Recipe
 from largeformer.models.shards import Shard
 from largeformer.parallel.batch import Batch
@@ -211,8 +212,8 @@ def build_engine(
     if recipe.train.compile:
         compile_layers(chunks)
     module = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
-    zero = deepspeed_config.get("zero_optimization", {})
-    optimizer = build_optimizer(recipe.optimizer, module.parameters(), offloaded=bool(zero.get("offload_optimizer")))
+    offloaded = ZeroConfig.of(deepspeed_config).offload_optimizer != "none"
+    optimizer = build_optimizer(recipe.optimizer, module.parameters(), offloaded=offloaded)
     # DeepSpeed prints its memory at every stage of this, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()), partitioned_as_they_are():
         wrapped, *_ = deepspeed.initialize(
@@ -225,6 +226,30 @@ def build_engine(
         # (0.19.8, both of its ZeRO optimizers; DeepSpeed#8588). `Engine.step` moves it afterwards.
         wrapped.optimizer._update_scale = lambda has_overflow=False: None
     return Engine(wrapped, chunks, shards, groups, penalty)
+
+
+def section_problems(deepspeed_config: dict[str, Any], place: str) -> list[str]:
+    """What DeepSpeed's own schemas refuse in the sections of a resolved config: values of a wrong type. `place` names the file."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    schemas = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+    }
+    problems = []
+    for section, schema in schemas.items():
+        try:
+            schema(**deepspeed_config.get(section, {}))
+        except ValidationError as error:
+            for wrong in error.errors():
+                key = ".".join(map(str, (section, *wrong["loc"])))
+                problems.append(f"{place}: {key} is {wrong['input']!r}, which DeepSpeed refuses: {wrong['msg']}")
+    return problems
 
 
 def compile_layers(chunks: Sequence[torch.nn.Module]) -> None:

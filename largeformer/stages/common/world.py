@@ -57,10 +57,13 @@ def check_world(recipe: Recipe) -> None:
     """Raise BadInputError where recipe, DeepSpeed config, world and machine do not fit: before data is touched."""
     from largeformer.parallel.device import machine_problems
     from largeformer.tracking.wandb_login import login_problems
+    from largeformer.training.engine import section_problems
 
     info = discover(os.environ)
-    resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
-    problems = output_problems(recipe) + machine_problems(recipe.train.precision, info.local_rank)
+    resolved = resolve_deepspeed(recipe, load_deepspeed(recipe), info.world_size)
+    problems = (
+        section_problems(resolved, recipe.deepspeed) + output_problems(recipe) + machine_problems(recipe.train.precision, info.local_rank)
+    )
     if info.rank < info.local_world_size:  # rank 0 will ask for the key; its machine's ranks stop together
         problems += login_problems(recipe.tracking.wandb.mode)
     if problems:
