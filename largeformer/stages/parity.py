@@ -6,12 +6,16 @@ it draws differently at every layout. The tokens are random, and masked unevenly
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from largeformer.config.deepspeed import load_deepspeed
+from largeformer.config.deepspeed_rules import owned_values
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 
@@ -80,7 +84,7 @@ def _run_both(recipe: Recipe, nproc: int) -> tuple[Measurement, Measurement]:
 
     measured = []
     with tempfile.TemporaryDirectory(prefix="largeformer-parity-") as folder:
-        for name, ranks, variant in (("one", 1, one_process(recipe)), ("layout", nproc, recipe)):
+        for name, ranks, variant in (("one", 1, one_process(recipe)), ("layout", nproc, _disowned(recipe, Path(folder)))):
             path, output = Path(folder) / f"{name}.yaml", Path(folder) / f"{name}.safetensors"
             path.write_text(recipe_yaml(variant))
             code = spawn(ranks, ["parity", "-c", str(path), "--nproc", str(ranks)], {**os.environ, MEASURE_INTO: str(output)})
@@ -88,6 +92,19 @@ def _run_both(recipe: Recipe, nproc: int) -> tuple[Measurement, Measurement]:
                 raise RuntimeError(f"parity could not run the recipe on {ranks} ranks: exit code {code}, see above")
             measured.append(Measurement.read(output))
     return measured[0], measured[1]
+
+
+def _disowned(recipe: Recipe, folder: Path) -> Recipe:
+    """With a DeepSpeed config that says nothing of what the recipe owns: what agreed with the recipe need not agree with its variant."""
+    written = copy.deepcopy(load_deepspeed(recipe))
+    for owned in owned_values(recipe):
+        section, _, name = owned.key.rpartition(".")
+        place = written.get(section) if section else written
+        if isinstance(place, dict):
+            place.pop(name, None)
+    path = folder / f"{Path(recipe.deepspeed).stem}.json"
+    path.write_text(json.dumps(written))
+    return recipe.model_copy(update={"deepspeed": str(path)})
 
 
 def _report(recipe: Recipe, nproc: int, precision: str, reference: Measurement, layout: Measurement) -> bool:
