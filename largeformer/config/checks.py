@@ -5,11 +5,12 @@ Every sentence names every key that it judges: the loader drops a sentence about
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from largeformer.config.augment import augment_problems
 from largeformer.config.batches import data_problems
-from largeformer.config.chain import chain_problems
+from largeformer.config.chain import at_stage, chain_problems
 from largeformer.config.cleaning import cleaning_problems
 from largeformer.config.distill import distill_problems
 from largeformer.config.guards import guards_problems
@@ -19,6 +20,7 @@ from largeformer.config.quantize import quantize_problems
 from largeformer.config.rules import schedule_problems
 from largeformer.config.schema import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from largeformer.config.tokenizer_rules import tokenizer_problems
+from largeformer.errors import BadInputError
 from largeformer.layout import batch_problems, shape_problems
 
 _NO_MODEL = ("prepare", "evaluate", "export")
@@ -46,6 +48,14 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *quality_problems(recipe.quality, {entry.name: entry.stage not in _NO_MODEL for entry in recipe.run.stages}),
         *prune_problems(recipe.prune, recipe.train.train_iters),
     ]
+
+
+def stage_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the recipe as one stage reads it, by its section or its entry of `run.stages`, and not as it stands."""
+    told = set(recipe_problems(recipe))
+    for entry in recipe.run.stages:
+        with contextlib.suppress(BadInputError):  # which `chain_problems` tells
+            yield from (f"in {entry.name}: {problem}" for problem in recipe_problems(at_stage(recipe, entry)) if problem not in told)
 
 
 def world_problems(recipe: Recipe, world_size: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from largeformer.config.checks import recipe_problems
+from largeformer.config.checks import recipe_problems, stage_problems
 from largeformer.config.deepspeed import check_world, deepspeed_problems, load_deepspeed
 from largeformer.config.resources import find_deepspeed, find_recipe
 from largeformer.config.schema import Recipe
@@ -55,7 +55,7 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = (), *, with_deepsp
     stand_ins |= unusable
     problems += wrong + refused + misread
     if recipe is not None:
-        ruled = recipe_problems(recipe)
+        ruled = [*recipe_problems(recipe), *stage_problems(recipe)]
         if with_deepspeed:
             recipe, found = _with_deepspeed(recipe, path.parent)
             ruled += found

@@ -51,6 +51,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "an unknown key": ([{"distill": {"alhpa": 0.5}}], "in distill: unknown key alhpa; did you mean"),
     "a wrong value": ([{"distill": {"name": "d", "alpha": 2.0}}], "in d: alpha is 2.0, which should be at most 1"),
     "a wrong value of training": ([{"distill": {"train": {"train_iters": 0}}}], "in distill.train: train_iters is 0"),
+    "a schedule that is no longer one": (
+        ["pretrain", {"distill": {"name": "d", "optimizer": {"lr_wsd_decay_iters": 2}}}],
+        "in d: optimizer.lr_wsd_decay_iters 2 has no meaning with lr_decay_style",
+    ),
     "keys of a stage without a section": ([{"pretrain": {"alpha": 1}}], "the stage pretrain has none but name"),
 }
 
