@@ -95,6 +95,18 @@ BAD = {
         ["submit", "-c", "quickstart", "run.output_dir=/dev/null/x", "--dry-run"],
         "error: run.output_dir /dev/null/x: /dev/null is not a folder that may be written to",
     ),
+    "prepare: output": (
+        ["prepare", "-c", "quickstart", "run.output_dir=/dev/null/x"],
+        "error: run.output_dir /dev/null/x: /dev/null is not a folder that may be written to",
+    ),
+    "run: output": (
+        ["run", "-c", "quickstart", "run.output_dir=/dev/null/x"],
+        "error: run.output_dir /dev/null/x: /dev/null is not a folder that may be written to",
+    ),
+    "pretrain: output": (
+        ["pretrain", "-c", "quickstart", "run.output_dir=/dev/null/x"],
+        "error: run.output_dir /dev/null/x: /dev/null is not a folder that may be written to",
+    ),
     "no hostfile": (["doctor", "--hostfile", "nowhere"], "error: hostfile nowhere cannot be read"),
     "doctor's override": (["doctor", "run.seed=1"], "error: override 'run.seed=1' has no recipe to change"),
 }

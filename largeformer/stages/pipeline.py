@@ -12,11 +12,10 @@ from pathlib import Path
 
 from largeformer.artifact import Artifact
 from largeformer.config.chain import StageEntry, at_stage
-from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
-from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
+from largeformer.stages.common.world import check_world
 from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
@@ -37,10 +36,10 @@ def _is_ours(recipe: Recipe, entry: StageEntry) -> bool:
 
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end. Raises
-    BadInputError, before the first, where a stage cannot be as its entry has it."""
-    problems = [problem for entry in recipe.run.stages for problem in recipe_problems(at_stage(recipe, entry))]
-    if problems:
-        raise BadInputError(list(dict.fromkeys(problems)))
+    BadInputError, before the first, where one of them does not fit this world or this machine."""
+    for entry in recipe.run.stages:
+        if entry.stage in (*quality.TRAINED, *quality.DERIVED):
+            check_world(at_stage(recipe, entry))
     is_main = discover(os.environ).is_main
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):

@@ -24,7 +24,7 @@ from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common.claim import claim, set_aside
 from largeformer.stages.common.prepared_data import KIND, stage_folder
-from largeformer.stages.common.world import reporting
+from largeformer.stages.common.world import output_problems, reporting
 from largeformer.stages.prepare_folder import Preparation, check_base
 from largeformer.training.signals import StopRequested, StopSignals
 
@@ -67,7 +67,10 @@ def run(recipe: Recipe, *, fresh: bool = False, append: bool = False) -> Artifac
 
 
 def run_or_wait(recipe: Recipe, *, fresh: bool = False, append: bool = False) -> Artifact:
-    """`run` on rank 0 of the world that the launcher made, `wait_or_load` on the others."""
+    """`run` on rank 0 of the world that the launcher made, `wait_or_load` on the others. Raises BadInputError where the output folder
+    cannot be written."""
+    if problems := output_problems(recipe):
+        raise BadInputError(problems)
     return run(recipe, fresh=fresh, append=append) if discover(os.environ).is_main else wait_or_load(recipe)
 
 

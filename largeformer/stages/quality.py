@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact, identity_hash
-from largeformer.config.chain import StageEntry
+from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.quality import LimitsConfig, QualityConfig
 from largeformer.config.schema import Recipe
 from largeformer.errors import StageFailed
@@ -77,8 +77,8 @@ class _Model:
 
 
 def is_judged(recipe: Recipe) -> bool:
-    """Whether the recipe's chain makes one model of another: then all of them are compared."""
-    return any(entry.stage in DERIVED for entry in recipe.run.stages)
+    """Whether the recipe's chain makes one model of another: then all of them are compared with the first."""
+    return any(entry.stage in DERIVED for entry in recipe.run.stages) and first_model(recipe) is not None
 
 
 def assess(recipe: Recipe, entry: StageEntry) -> None:
@@ -86,7 +86,9 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
     StageFailed where it is beyond `quality.limits`; the stage counts as unfinished then."""
     first = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.stage), enter_world(first, training=False) as world:
-        model, reference = _find(first, entry.name), _find(first, first_model(recipe))
+        folder = first_model(recipe)
+        assert folder is not None, "the chain is judged"
+        model, reference = _find(first, Path(recipe.run.output_dir) / entry.name), _find(first, folder)
         key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.artifact.identity})
         held = model.artifact.metrics.get("quality", {})
         found = held if held.get("key") == key else {"key": key, **_measure(model, reference, world, recipe.quality)}
@@ -104,9 +106,14 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
             raise StageFailed([f"{entry.name}: {problem}" for problem in wrong])
 
 
-def first_model(recipe: Recipe) -> str:
-    """The name of the stage whose model the others are compared with."""
-    return next((entry.name for entry in recipe.run.stages if entry.stage in TRAINED), "import")
+def first_model(recipe: Recipe) -> Path | None:
+    """Where the model comes from that the others are compared with: the chain's first stage that trains one, an import, or the teacher
+    of another run. None where there is none of them."""
+    run = Path(recipe.run.output_dir)
+    trained = [run / entry.name for entry in recipe.run.stages if entry.stage in TRAINED]
+    imported = [folder for folder in (run / "import",) if folder.is_dir()]
+    teachers = [Path(teacher) for entry in recipe.run.stages if (teacher := at_stage(recipe, entry).distill.teacher)]
+    return next(iter((*trained, *imported, *(path for path in teachers if path.is_dir()))), None)
 
 
 def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
@@ -119,11 +126,11 @@ def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
     return told
 
 
-def _find(recipe: Recipe, name: str) -> _Model:
-    source = find_source(recipe, Path(recipe.run.output_dir) / name)
+def _find(recipe: Recipe, folder: Path) -> _Model:
+    source = find_source(recipe, folder)
     artifact = Artifact.read(source.checkpoint.parent.parent)
     assert artifact is not None, "its stage has just finished, or an earlier one had"
-    return _Model(name, shaped_like(recipe, source.checkpoint), source, artifact)
+    return _Model(artifact.path.name, shaped_like(recipe, source.checkpoint), source, artifact)
 
 
 def _measure(model: _Model, reference: _Model, world: World, settings: QualityConfig) -> dict[str, Any]:
