@@ -25,7 +25,7 @@ from largeformer.training.signals import EXIT_CODE as STOPPED
 from largeformer.training.signals import StopRequested, StopSignals
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-SAVE_WHEN_ASKED_TO_STOP = {"pretrain", "prune", "distill", "quantize", "run"}  # the others end at a SIGTERM as any program does
+SAVE_WHEN_ASKED_TO_STOP = {"prepare", "pretrain", "prune", "distill", "quantize", "run"}  # the others end at a SIGTERM as any program does
 
 # Whatever is wrong with a command line is told by an exception of this class, which Typer does not name in public.
 _UsageError: Any = typer.BadParameter.__bases__[0]

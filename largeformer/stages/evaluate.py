@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,9 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
     The result is kept as an artifact in the recipe's run folder; without `again`, one that is there for this checkpoint is returned.
     """
     recipe = without_virtual_stages(on_this_world(recipe, discover(os.environ).world_size))
-    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(recipe, training=False) as world:
+    # As a command it may look at a run that is still training, whose status it leaves alone.
+    told = reporting(recipe, STAGE) if entry is not None else contextlib.nullcontext()
+    with told, StopSignals.current().at_once(), enter_world(recipe, training=False) as world:
         given = input_of(recipe, entry or entry_named(recipe, STAGE), source)
         there = world.from_main(lambda: Artifact.read(given.folder))
         if not again and there is not None and there.identity == identity_hash(given.origin()):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 _SRUN = """#!/bin/bash
 echo "srun $*" >> calls
 while [[ "$1" == -* ]]; do shift; done
-[[ " $* " == *" prepare "* ]] && exit 0
+[[ " $* " == *" prepare "* ]] && [ -z "$IN_PREPARE" ] && exit 0
 if [ -n "$SAYS" ]; then
     mkdir -p "$WHERE"; echo "{\\"status\\": \\"$SAYS\\", \\"time\\": 2${WHY:+, \\"reason\\": \\"$WHY\\"}}" > "$WHERE/status.json"
 fi
@@ -34,7 +34,7 @@ def run(script: str, folder: Path, **environ: str) -> tuple[int, list[str], str]
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    told = {"PATH": path, "VENV": "", "OUTPUT_DIR": "out", "WHERE": "out", "CODE": "0", "SAYS": "", **environ}
+    told = {"PATH": path, "VENV": "", "OUTPUT_DIR": "out", "WHERE": "out", "CODE": "0", "SAYS": "", "IN_PREPARE": "", **environ}
     done = subprocess.run(["bash", ROOT / "launch" / "slurm" / f"{script}.sbatch"], cwd=folder, env=told, capture_output=True, text=True)
     calls = folder / "calls"
     return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout + done.stderr
@@ -61,6 +61,12 @@ def test_a_job_is_requeued_once_and_only_where_it_has_saved(
     ended, calls, said = run(script, tmp_path, CODE=code, SAYS=says, **JOB, **more)
     assert ended == int(code), said
     assert [call for call in calls if call.startswith("scontrol")] == (["scontrol requeue 9"] if requeues else [])
+
+
+def test_a_job_that_is_stopped_while_it_prepares_is_requeued(tmp_path: Path) -> None:
+    ended, calls, said = run("pipeline", tmp_path, CODE="75", SAYS="requeue", IN_PREPARE="1", **JOB)
+    assert ended == 75, said
+    assert [call.split()[0] for call in calls] == ["srun", "scontrol"] and calls[1] == "scontrol requeue 9"
 
 
 @pytest.mark.parametrize(("code", "says", "more", "requeues"), ENDS.values(), ids=ENDS)

@@ -191,6 +191,17 @@ def test_a_signal_in_any_phase(tmp_path: Path, phase: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_while_text_is_prepared_by_a_command_of_its_own(tmp_path: Path) -> None:
+    text = {"sources": [{"path": str(Path(json.__file__).parent / "*.py")}], "split": "80,10,10"}
+    path = recipe(tmp_path, data=text, tokenizer={"vocab_size": 500})
+    ended = launch(path, ranks=1, command="prepare", faults="0 largeformer.stages.prepare_folder Preparation._encode 1 SIGUSR1")
+    assert ended.codes == [75], ended.errors
+    assert status(path)["status"] == "requeue"
+    assert launch(path, ranks=1, command="prepare").codes == [0]
+    assert status(path)["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_with_the_interpreter_locked_is_ended_too(tmp_path: Path) -> None:
     """No thread of Python can run on rank 1: its timer in C goes off instead."""
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 4.0})

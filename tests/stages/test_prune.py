@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from largeformer import cli
+from largeformer.artifact import read_status, write_status
 from largeformer.export.streaming import StoredTensors
 from tests.recipes import TINY
 from tests.stages.test_end_to_end import start
@@ -93,7 +94,9 @@ def test_a_smaller_model_that_later_stages_read(prune: Any, recipe: Path, overri
     model = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
     assert all(model[axis] == size["after"] for axis, size in found["axes"].items())
     assert model["kv_channels"] == 16
+    write_status(prune.run, "requeue", stage="pretrain")
     assert cli.main(["evaluate", "--from", str(prune.run / "prune")]) == 0
+    assert (read_status(prune.run) or {})["stage"] == "pretrain", "a run may be training while another process evaluates it"
     assert metrics(prune.run, "evaluate")["checkpoint"] == "step_00000000"
 
 
