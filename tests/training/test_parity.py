@@ -150,6 +150,7 @@ OFFLOAD_CASES = [
     Case("zero2-cpu", 2, stage=2, more=CPU_OFFLOAD, numbers=1e-4),
     Case("zero3-cpu", 2, stage=3, more={**CPU_OFFLOAD, "offload_param": {"device": "cpu"}}, numbers=1e-4),
     Case("zero1-cpu-tp2", 2, tensor=2, stage=1, more=CPU_OFFLOAD, numbers=1e-4),
+    Case("zero1-cpu-pp2", 2, pipeline=2, stage=1, more=CPU_OFFLOAD, numbers=1e-4),
 ]
 
 
