@@ -1,8 +1,8 @@
-"""What pruning costs a teacher, before and after it is distilled: `python tests/benchmarks/pruning.py RUN --keep FOLDER [--only NAME] [section.key=value ...]`.
+"""What pruning costs a trained model, before and after distillation: `python tests/benchmarks/pruning.py RUN --keep FOLDER [--only NAME]`.
 
-RUN: the run folder of a trained teacher (prepare, pretrain). Each branch is a run of its own in FOLDER that begins with a copy of it; what is
-finished there is not done again. Further arguments change the recipe, such as distill.train={train_iters: 200}. The tables are those of
-`quality`, over held-out text.
+RUN: the run folder of a trained teacher (prepare, pretrain). Each branch is a run of its own in FOLDER that begins with a copy of it; what
+is finished there is not done again. Further arguments change the recipe, such as `distill.train={train_iters: 200}`. The table is
+that of `quality`, over held-out text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from largeformer.config.size import model_parameters
 DISTILL = {
     "teacher": "pretrain",
     "train": {"train_iters": 300, "eval_interval": 100},
-    "optimizer": {"lr": 1.0e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 20},
+    "optimizer": {"lr": 1.0e-3, "lr_decay_style": "cosine", "lr_wsd_decay_iters": None, "lr_warmup_iters": 20},
 }
 QUALITY = {"tokens": 65536, "shapes": [[1, 128]]}
 

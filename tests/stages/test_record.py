@@ -94,6 +94,7 @@ def test_samples_and_artifacts(stage: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_drawing_samples_changes_nothing(stage: Path, recipe: Path) -> None:
     other = recipe.parent / "without"
     pretrain(recipe, f"run.output_dir={other}", "tracking={wandb: {mode: disabled}, tensorboard: false}")

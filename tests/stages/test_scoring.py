@@ -47,6 +47,7 @@ def by_the_twin(ranks: RankContext, recipe: Recipe) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_scores_are_losses_and_make_a_curriculum(ranks: Ranks, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"type": "random"})
     ranks(2).run(train, recipe)
