@@ -52,6 +52,7 @@ def main() -> None:
         tree = yaml.safe_load((given.run / "pretrain" / "config.yaml").read_text())
         entries = stages(given.layers or tree["model"]["num_layers"] // 2, given.seeds)
         tree["run"] |= {"name": folder.name, "output_dir": str(folder), "stages": ["prepare", *entries.values()]}
+        tree.pop("quality", None)  # its limits are of other stages
         tree["distill"] = {"teacher": str((given.run / "pretrain").resolve())}
         tree["tracking"] = {"wandb": {"mode": "disabled"}, "tensorboard": False}
         tree["checkpoint"] = {**tree.get("checkpoint", {}), "load": None, "keep_last": 1}
