@@ -65,8 +65,8 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
     train = [
         "quantize.method=qat",
         f"quantize.train={{train_iters: {steps}, eval_interval: {steps}}}",
-        "quantize.optimizer={lr: 3.0e-4, min_lr: 3.0e-5, lr_decay_style: cosine, lr_warmup_iters: 5, lr_decay_iters: null, "
-        "lr_wsd_decay_iters: null}",
+        "quantize.optimizer={lr: 3.0e-4, min_lr: 3.0e-5, lr_decay_style: cosine, lr_decay_iters: null, lr_wsd_decay_iters: null, "
+        f"lr_warmup_iters: {min(5, steps // 2)}}}",
     ]
     yield Setting("qat", f"W4A16, QAT, {steps} steps", [*four, *train])
     every = f"quantize.keep_float=[{', '.join(layers(model))}]"
