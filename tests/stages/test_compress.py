@@ -18,10 +18,12 @@ SHORT = [
     "model.num_layers=4",
     "model.hidden_size=128",
     "model.ffn_hidden_size=384",
-    "train={precision: fp32, micro_batch_size: 8, global_batch_size: 8, train_iters: 80, eval_interval: 40, eval_iters: 4}",
+    "model.seq_length=128",
+    "train={precision: fp32, micro_batch_size: 8, global_batch_size: 8, train_iters: 60, eval_interval: 60, eval_iters: 2}",
     "optimizer.lr_wsd_decay_iters=20",
     "optimizer.lr_warmup_iters=10",
-    "distill.train={train_iters: 40, eval_interval: 40}",
+    "prune.calibration={samples: 16}",
+    "distill.train={train_iters: 30, eval_interval: 30}",
     "export.gate_tokens=4096",
     "quality.tokens=4096",
     "quality.rounds=2",
@@ -30,7 +32,7 @@ SHORT = [
 
 def test_the_recipe_in_short(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = start("run", "-c", "compress", f"run.output_dir={run}", *SHORT)
+    done = start("run", "-c", "compress", f"run.output_dir={run}", *SHORT, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     rows = {row["name"]: row for row in json.loads((run / "quality.json").read_text())}
     assert {"pretrain", "prune", "distill", "quantize", "export/hf", "export/hf-int8"} <= rows.keys()

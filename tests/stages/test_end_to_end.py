@@ -22,10 +22,10 @@ LAUNCHERS = {
 }
 
 
-def start(*arguments: str, launcher: str | None = None) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str, launcher: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`largeformer *arguments`, in this process's environment, under a launcher or alone."""
     prefix = [part.format(port=free_port()) for part in LAUNCHERS[launcher]] if launcher else ["-m", "largeformer"]
-    return subprocess.run([sys.executable, *prefix, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *prefix, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
