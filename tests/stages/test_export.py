@@ -162,6 +162,7 @@ def test_the_gate_sees_a_wrong_export(copy: Path, monkeypatch: pytest.MonkeyPatc
     assert "hf: model: logit_difference is" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
     """Both ranks hold the source; rank 0 writes, the other waits; the checkpoint's layout is another as well."""
     result = start("export", "--from", str(copy), "parallel.tensor_model_parallel_size=2", launcher="torchrun")
@@ -232,6 +233,7 @@ def test_an_own_folder_that_cannot_be_imported(
     assert not list((tmp_path / "imported").glob("import/checkpoints/step_*"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_import(run: Path, tmp_path: Path) -> None:
     imported = tmp_path / "imported"
     overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]

@@ -83,6 +83,7 @@ def test_round_to_nearest_is_what_export_writes_by_itself(copy: Path, tmp_path: 
     assert calibrated.keys() == alone.keys() and all(torch.equal(calibrated[name], alone[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_static_scales_reach_the_client_and_fused_layers_share_theirs(copy: Path) -> None:
     assert quantize(copy, "quantize.scheme=w8a8_static", "quantize.observer=percentile", "quantize.smoothquant={alpha: 0.5}") == 0
     found = export(copy, "hf", "hf-int8-static", "hf-int8")
@@ -107,6 +108,7 @@ def test_static_scales_are_measured_in_the_dtype_that_is_exported(copy: Path) ->
         assert given.input_scale is not None and torch.equal(given.input_scale.bfloat16().float(), given.input_scale), module
 
 
+@pytest.mark.slow
 def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
     assert quantize(copy, "quantize.scheme=w4a16", "quantize.method=gptq", "quantize.group_size=16", "quantize.symmetric=false") == 0
     found, described = export(copy, "hf", "hf-int4"), description(copy)
