@@ -92,6 +92,7 @@ def test_only_what_depends_on_a_change_is_done_again(recipe: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-8])
     done = start("run", "-c", str(recipe))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"the checkpoint in {run / 'prune'} is damaged" in done.stdout and "quantize is damaged" not in done.stdout
     changed = {name for name, time in written_at(run).items() if time != times[name]}
     assert changed == {"prune"} and identities(run) == before
 

@@ -93,6 +93,8 @@ def take(given: Input, origin: Mapping[str, Any]) -> None:
     nothing can be refused any more."""
     folder, held = given.folder, _origin_in(given.folder)
     if held is not None and (held != dict(origin) or Artifact.read(folder) is not None):
+        if held == dict(origin):
+            print(f"the checkpoint in {folder} is damaged: the folder is set aside, and made anew", flush=True)
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ORIGIN, (json.dumps(origin, indent=2) + "\n").encode())
