@@ -109,8 +109,8 @@ def test_list(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (4, 16, "TP1 PP1 on 1", []),
     ]
     lines = printed(capfd, "list", str(run)).splitlines()
-    assert lines[0].split() == ["step", "samples", "tokens", "val_loss", "size", "layout", "files"]
-    assert len(lines) == 3 and lines[2].split()[0] == "4" and lines[2].rstrip().endswith("complete")
+    assert lines[0].split() == ["stage", "step", "samples", "tokens", "val_loss", "size", "layout", "files"]
+    assert len(lines) == 3 and lines[2].split()[:2] == ["pretrain", "4"] and lines[2].rstrip().endswith("complete")
 
 
 def test_inspect(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
