@@ -47,7 +47,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if CASES[c][0] > 2 else []) for c in CASES])
 def test_state_is_what_the_engine_holds(ranks: Ranks, tmp_path: Path, case: str) -> None:
     world_size, model, parallel, precision, zero = CASES[case]
     recipe = recipe_of(tmp_path, {**model, "num_layers": 4}, parallel, precision, zero=zero, data=world_size)

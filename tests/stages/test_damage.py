@@ -42,6 +42,7 @@ def written(run: Path) -> dict[str, tuple[int, bytes]]:
     return {path.parent.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.glob("*/manifest.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [True, False])
 def test_an_export_is_made_anew(recipe: Path, gone: bool, capfd: pytest.CaptureFixture[str]) -> None:
     run = recipe.parent / "run"

@@ -121,6 +121,7 @@ def test_generation_is_the_same_from_another_layout(recipe: Path, finished: Path
     assert split.stdout == alone.stdout
 
 
+@pytest.mark.slow
 def test_bad_input_stops_a_launched_world_with_one_message(recipe: Path, tmp_path: Path) -> None:
     result = start("pretrain", "-c", str(recipe), f"run.output_dir={tmp_path}", "data.sources=[{path: nowhere.txt}]", launcher="torchrun")
     assert result.returncode != 0

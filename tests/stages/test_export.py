@@ -78,6 +78,7 @@ def test_the_manifest_holds_lineage_and_parity(run: Path) -> None:
     assert manifest["parents"]["pretrain"] in card and "perplexity of the export" in card
 
 
+@pytest.mark.slow
 def test_transformers_generates_what_we_generate(run: Path) -> None:
     folder = run / "export" / "hf"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -171,6 +172,7 @@ def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
         assert (copy / "export" / name / "model.safetensors").read_bytes() == (run / "export" / name / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_import_is_the_way_back(run: Path, tmp_path: Path) -> None:
     imported = tmp_path / "imported"
     assert cli.main(["import", "--from", str(run / "export" / "hf"), "-o", str(imported)]) == 0

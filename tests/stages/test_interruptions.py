@@ -109,6 +109,7 @@ def test_a_signal_to_one_rank_between_micro_batches_stops_all_at_that_step_and_t
     assert steps(path) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_for_ever_is_seen_and_every_stack_written(tmp_path: Path) -> None:
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 4.0})
     ended = launch(path, faults=f"1 {FORWARD} 4 sleep")

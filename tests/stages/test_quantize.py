@@ -271,6 +271,7 @@ FRESHLY_REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_refused_leaves_the_finished_stage_where_it_is(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,7 @@ OFFLOAD_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OFFLOAD_CASES, ids=lambda c: c.name)
 def test_cpu_offload_equals_one_process(ranks: Pools, references: Callable[..., Any], case: Case) -> None:
     """With DeepSpeed's CPU Adam, which rounds differently from PyTorch's."""
@@ -173,7 +174,7 @@ BF16_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", BF16_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.ranks > 2 else []) for c in BF16_CASES])
 def test_bf16_stays_near_fp32(ranks: Pools, references: Callable[..., Any], case: Case) -> None:
     """Against one process in float32: what bfloat16's 8 bits allow, and no more. The model is tied, so that stages share a weight."""
     reference = references("llama-tied")

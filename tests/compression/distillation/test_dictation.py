@@ -110,6 +110,7 @@ def test_what_is_there_is_not_asked_again(alone: Path, ranks: Callable[[int], Ra
     assert all(np.array_equal(a, b) for n, there in answers(alone).items() for a, b in zip(there, answers(tmp_path)[n], strict=True))
 
 
+@pytest.mark.slow
 def test_an_interleaved_pipeline_is_asked_for_the_one_that_is_missing(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     """Its schedule needs as many micro batches as it has stages."""
     interleaved = {**PP2, "virtual_pipeline_model_parallel_size": 2}
