@@ -129,12 +129,9 @@ class Cluster:
         """Until SLURM has put the job back for the time `times`, and started it again: its wait of two minutes is cut short."""
         self.wait(lambda: self.job(job)["Restarts"] == str(times), f"restart {times}")
         self.wait(lambda: self.job(job)["JobState"] != "COMPLETING", "the end of the job before")
-
-        def started() -> bool:
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return self.job(job)["JobState"] != "PENDING"
-
-        self.wait(started, "the next start")
+        # Not at once: a node that has just let the job go refuses credentials of that same second, and the job would be killed.
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
+        self.wait(lambda: self.job(job)["JobState"] != "PENDING", "the next start")
 
     def wait(self, condition: Callable[[], object], what: str, patience: float = PATIENCE_S) -> None:
         """Ask again and again. A job that was requeued waits minutes before SLURM starts it."""

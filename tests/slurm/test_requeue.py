@@ -96,9 +96,10 @@ def test_stopped_twice_it_is_one_run(cluster: Cluster, tmp_path: Path) -> None:
     reached = losses(folder)[-1][0]
     assert 20 < reached < STEPS, said(folder)
     cluster.wait(lambda: losses(folder)[-1][0] > reached + 20, "some steps more")
-    # What is left now is less than the two minutes before the limit at which the script asks for the signal.
+    # What is left is now between one and two minutes: less than the two before the limit at which the script asks for the signal, and
+    # more than the half minute after which SLURM looks again.
     hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
-    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
     cluster.requeued(job, 2)
     with contextlib.suppress(AssertionError):  # the few steps that are left may be done by now
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
