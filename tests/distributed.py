@@ -1,7 +1,7 @@
 """Many-rank tests as ordinary functions: a pool of gloo ranks that outlives a single case.
 
-Starting a rank costs seconds, for the imports; running a case in a rank that is there costs milliseconds. So a pool starts its
-processes once and then executes functions in all of them:
+Starting a rank costs seconds, for the imports; running a case in a rank that is there costs milliseconds. So ranks are forked from
+one process that has imported everything, and a pool starts them once and then executes functions in all of them:
 
     def total(ranks: RankContext, value: float) -> float:
         tensor = torch.tensor(value * (ranks.rank + 1))
@@ -22,6 +22,7 @@ import faulthandler
 import gc
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import tempfile
 import time
@@ -36,7 +37,7 @@ from typing import Any, Self
 
 from largeformer.launching.local import free_port, rank_environ
 
-START_S = 120.0  # importing torch on every rank of a busy machine
+START_S = 120.0  # importing everything on a busy machine, once in a session
 CASE_S = 180.0
 AFTER_FAILURE_S = 5.0  # what the other ranks have to say, before they are ended
 
@@ -51,6 +52,13 @@ class RankContext:
 
 class RankFailure(AssertionError):
     """A rank raised, died or hung. The message holds the traceback of each that did."""
+
+
+def forking() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as copies of one that has imported what ranks need, and computes on CPUs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rank_imports"])
+    return context
 
 
 class RankPool:
@@ -89,7 +97,7 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="largeformer-ranks-")
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -138,7 +146,7 @@ class RankPool:
 class PoolCache:
     """The pools of a test session, by world size. Those used longest ago are closed so that few ranks stay in memory."""
 
-    def __init__(self, most_ranks: int = 6) -> None:
+    def __init__(self, most_ranks: int = 12) -> None:
         self._most_ranks = most_ranks
         self._pools: dict[int, RankPool] = {}
 

@@ -6,7 +6,6 @@ at one of them, drawn by chance. Ranks are forked from a process that has import
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -28,7 +27,7 @@ from largeformer.config.schema import Recipe
 from largeformer.launching.local import free_port, rank_environ
 from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
 from largeformer.training.saving import Checkpoints
-from tests.distributed import RankContext, RankPool
+from tests.distributed import RankContext, RankPool, forking
 from tests.training.engines import bench_of, global_batch, sgd_recipe
 
 Ranks = Callable[[int], RankPool]
@@ -109,8 +108,7 @@ def save_many(rank: int, run: Path, async_save: bool, victim: int, at: int | Non
 def run_ranks(run: Path, async_save: bool, victim: int = 0, at: int | None = None) -> list[int | None]:
     """Both ranks' exit codes. The one that is not killed sees the other gone and ends by itself."""
     run.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "deepspeed", "megatron.core.models.gpt"])
+    context = forking()
     processes = [context.Process(target=save_many, args=(rank, run, async_save, victim, at)) for rank in range(RANKS)]
     for process in processes:
         process.start()

@@ -81,8 +81,13 @@ SMALLER = {
     "depth by ablation": (["prune.method=depth", "prune.num_layers=2", "prune.importance=ablation"], {"num_layers"}),
 }
 
+IN_THE_DEFAULT_TIER = ("width", "depth")
 
-@pytest.mark.parametrize(("overrides", "axes"), SMALLER.values(), ids=SMALLER)
+
+@pytest.mark.parametrize(
+    ("overrides", "axes"),
+    [pytest.param(*case, id=name, marks=() if name in IN_THE_DEFAULT_TIER else pytest.mark.slow) for name, case in SMALLER.items()],
+)
 def test_a_smaller_model_that_later_stages_read(prune: Any, recipe: Path, overrides: list[str], axes: set[str]) -> None:
     assert prune(*overrides) == 0
     found = metrics(prune.run)
