@@ -60,7 +60,7 @@ def test_candidates(name: str, ranks: Callable[[int], RankPool]) -> None:
         for row, tokens in ((rows[ENGINE], engine_tokens), (rows[PLAIN], plain_tokens)):
             first, second = row["seconds_per_step"]
             assert row["tokens_per_s"] == pytest.approx(2 * tokens / (first + second))
-        assert rows[PLAIN]["ratio"] == 1.0
+        assert rows[PLAIN]["ratio"] == pytest.approx(1.0)
         assert (result["engine_overhead"] is not None) == (world_size == 1)
         assert COMPILED not in rows
 
