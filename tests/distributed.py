@@ -166,6 +166,7 @@ def _serve(rank: int, environ: dict[str, str], folder: str, pipe: Connection) ->
     """The life of one rank: join the group, then execute what comes through the pipe until it closes."""
     # Data loader workers are children of a rank; a daemon may have none. It still ends with the session: see `close`.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    os.environ.clear()  # the process that it was forked from has that of the session's first pool
     os.environ.update(environ)
     import torch
     import torch.distributed as dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -38,6 +39,10 @@ def die_on_one(ranks: RankContext) -> None:
         os._exit(7)
 
 
+def what_is_there(ranks: RankContext) -> tuple[bool, str | None]:
+    return "deepspeed" in sys.modules and "megatron.core" in sys.modules, os.environ.get("OF_THIS_TEST")
+
+
 def loader_sum(ranks: RankContext) -> int:
     from torch.utils.data import DataLoader
 
@@ -49,6 +54,13 @@ def test_ranks_meet_and_are_kept(ranks: Callable[[int], RankPool]) -> None:
     second = ranks(2).run(total, 1.0)
     assert [value for value, _ in first + second] == [30.0, 30.0, 3.0, 3.0]
     assert [pid for _, pid in first] == [pid for _, pid in second], "the second case ran in the processes of the first"
+
+
+def test_ranks_are_born_with_their_imports_and_the_environment_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("first", None):
+        monkeypatch.setenv("OF_THIS_TEST", value) if value else monkeypatch.delenv("OF_THIS_TEST")
+        with RankPool(1) as pool:
+            assert pool.run(what_is_there) == [(True, value)]
 
 
 def test_a_rank_may_have_children(ranks: Callable[[int], RankPool]) -> None:
