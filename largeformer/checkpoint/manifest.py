@@ -44,6 +44,11 @@ def write_manifest(folder: Path, files: Mapping[str, Digest]) -> None:
     write_atomically(folder / MANIFEST, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def checksum(folder: Path) -> str:
+    """16 hex digits that stand for all files of a checkpoint. Raises OSError."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
 def read_manifest(folder: Path) -> Files:
     """Raises DamagedError where the file is missing, broken, or names something outside `folder`."""
     path = folder / MANIFEST

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from largeformer.config.schema import Recipe
 
 StageName = Literal["prepare", "pretrain", "prune", "distill", "quantize", "evaluate", "export"]
+_ONCE = ("prepare", "pretrain")
 _S = TypeVar("_S", bound=Section)
 
 
@@ -96,6 +97,8 @@ def chain_problems(recipe: Recipe) -> Iterator[str]:
             yield f"run.stages has two stages named {entry.name}: give one of them another name, as in {other}"
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*", entry.name):
             yield f"run.stages names a stage {entry.name!r}, which is no plain folder name: use letters, digits, - and _"
+        elif entry.stage in _ONCE and entry.name != entry.stage:
+            yield f"run.stages names its {entry.stage} {entry.name}: a run has one, in a folder of the stage's own name; leave the name out"
         seen.add(entry.name)
         try:
             at_stage(recipe, entry)

@@ -46,7 +46,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *quantize_problems(recipe.quantize),
         *chain_problems(recipe),
         *quality_problems(recipe.quality, {entry.name: entry.stage not in _NO_MODEL for entry in recipe.run.stages}),
-        *prune_problems(recipe.prune, recipe.train.train_iters),
+        *prune_problems(recipe.prune, recipe.train),
     ]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from largeformer.config.calibration import CalibrationConfig
 from largeformer.config.chain import TrainedSection
 from largeformer.config.section import Positive, PositiveInt, Section
+
+if TYPE_CHECKING:
+    from largeformer.config.schema import TrainConfig
 
 WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _STRUCTURED, _SPARSE = ("width", "depth"), ("magnitude", "wanda", "sparsegpt")
@@ -102,10 +105,10 @@ class PruneConfig(TrainedSection):
         return self.sparsity or _DEFAULT_SPARSITY
 
 
-def prune_problems(prune: PruneConfig, train_iters: int) -> Iterator[str]:
-    """What does not go together. `train_iters`: of the recipe's section `train`, which the stage may have otherwise."""
+def prune_problems(prune: PruneConfig, train: TrainConfig) -> Iterator[str]:
+    """What does not go together. `train`: the recipe's section, of which the stage may have keys otherwise."""
     own = prune.train.get("train_iters")
-    train_iters = own if isinstance(own, int) else train_iters
+    train_iters = own if isinstance(own, int) else train.train_iters
     yield from _foreign_keys(prune)
     target = prune.target_parameters
     if target is not None and target >= 1 and target != int(target):
@@ -124,6 +127,11 @@ def prune_problems(prune: PruneConfig, train_iters: int) -> Iterator[str]:
         yield (
             f"prune.schedule goes from step {schedule.start} to {schedule.end} of {train_iters}: it must end after it starts, and before "
             "prune.train.train_iters"
+        )
+    if schedule is not None and prune.train.get("early_stopping", train.early_stopping) is not None:
+        yield (
+            "prune.schedule goes with no train.early_stopping, which would end it before all zeros are there, since the loss rises with "
+            "them: give prune.train.early_stopping: null"
         )
     if schedule is not None and (prune.pattern or prune.threshold):
         yield "prune.schedule lets a share grow: leave out prune.pattern and prune.threshold, or prune at once, without a schedule"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from largeformer.data.loader import Reading
 from largeformer.errors import BadInputError
@@ -15,8 +15,8 @@ from largeformer.parallel.batch import Batch
 def calibration_batches(streams: Sequence[np.ndarray], seq_length: int, samples: int, reading: Reading) -> list[Batch]:
     """This data rank's part of `samples` windows of s ids, int64[b, s], or of as many as the streams hold without overlap.
 
-    Windows are whole: none is padded, and documents follow each other in them, as in training. The same windows at any layout. Raises
-    BadInputError where there is not one window for each data rank.
+    Windows are whole: none is padded. Documents are told apart in them as in training; each of their ids counts. The same windows at any
+    layout. Raises BadInputError where there is not one window for each data rank.
     """
     starts = [(stream, start) for stream in streams for start in range(0, len(stream) - seq_length, seq_length)]
     count = min(samples, len(starts))
@@ -27,11 +27,7 @@ def calibration_batches(streams: Sequence[np.ndarray], seq_length: int, samples:
             "a longer text as calibration.text"
         )
     chosen = [starts[i * len(starts) // count] for i in range(count)][reading.data_rank :: reading.data_size]
-    rows = [torch.from_numpy(np.asarray(stream[start : start + seq_length + 1], dtype=np.int64)) for stream, start in chosen]
-    return [_batch(torch.stack(rows[first : first + reading.micro_batch_size])) for first in range(0, len(rows), reading.micro_batch_size)]
-
-
-def _batch(ids: torch.Tensor) -> Batch:
-    tokens = ids[:, :-1].contiguous()
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return Batch(tokens, ids[:, 1:].contiguous(), torch.ones(tokens.shape), positions)
+    rows = [np.asarray(stream[start : start + seq_length + 1], dtype=np.int64) for stream, start in chosen]
+    stacked = [np.stack(rows[first : first + reading.micro_batch_size]) for first in range(0, len(rows), reading.micro_batch_size)]
+    whole = replace(reading.packing, eod_mask_loss=False)
+    return [whole.batch(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((len(ids), seq_length))) for ids in stacked]

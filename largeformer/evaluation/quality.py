@@ -76,7 +76,8 @@ def compare(
     dist.all_reduce(sums, group=groups.data)
     tokens, text_bytes, loss_sum, reference_sum, kl_sum, agreed = sums.tolist()
     count = max(tokens, 1.0)
-    return Quality(round(tokens), round(text_bytes), loss_sum / count, reference_sum / count, max(0.0, kl_sum / count), agreed / count)
+    kl = max(kl_sum / count, 0.0)  # in this order, which keeps NaN
+    return Quality(round(tokens), round(text_bytes), loss_sum / count, reference_sum / count, kl, agreed / count)
 
 
 def _log_probabilities(model: torch.nn.Module, batch: Batch, vocab_size: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ def _teacher_folder(recipe: Recipe) -> Path:
 
 def _teacher_recipe(recipe: Recipe, source: Source) -> Recipe:
     try:
-        return shaped_like(recipe, source.checkpoint)
+        return shaped_like(recipe, source)
     except BadInputError as error:
         raise BadInputError([f"the teacher {source.checkpoint}: {problem}" for problem in error.problems]) from None
 

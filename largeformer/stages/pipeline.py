@@ -15,7 +15,8 @@ from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
-from largeformer.stages.common.world import check_world
+from largeformer.stages.common.held_out import check_held_out
+from largeformer.stages.common.world import check_world, reporting
 from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
@@ -34,6 +35,10 @@ def _is_ours(recipe: Recipe, entry: StageEntry) -> bool:
     return Artifact.read(Path(recipe.run.output_dir) / entry.name) is not None
 
 
+def _reads_test_split(recipe: Recipe) -> bool:
+    return quality.is_judged(recipe) or any(entry.stage in ("evaluate", "export") for entry in recipe.run.stages)
+
+
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end. Raises
     BadInputError, before the first, where one of them does not fit this world or this machine."""
@@ -48,6 +53,9 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
         artifact = STAGES[entry.stage](recipe, entry, fresh)
         if artifact is None:
             return None
+        if entry.stage == "prepare" and _reads_test_split(recipe):  # told now, not after the training
+            with reporting(recipe, entry.stage):
+                check_held_out(recipe, artifact, "test")
         if quality.is_judged(recipe) and entry.stage in (*quality.TRAINED, *quality.DERIVED):
             quality.assess(recipe, entry)
     if is_main and quality.is_judged(recipe):

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.training.engine import Engine
-    from largeformer.training.trainer import BatchSource
+    from largeformer.training.trainer import BatchSource, Training
 
 STAGE = "prune"
 _LIBRARIES = ("largeformer", "torch", "megatron-core")
@@ -63,7 +64,7 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
         if given.source.prepared.kind != prepared_data.KIND:
             raise BadInputError(f"{given.source.checkpoint} has no prepared text to train on: prune at once, without prune.schedule")
         artifact = world.from_main(lambda: finished(given, given.origin(), fresh=fresh))
-        if artifact is not None and "sparsity" in artifact.metrics:
+        if artifact is not None and "perplexity" in artifact.metrics:
             return artifact
         if artifact is None:
             check_text(given.recipe, world, given.source.prepared)
@@ -91,17 +92,29 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
     prepared = given.source.prepared
     parents = {name: parent for name, parent in given.parents.items() if parent is not prepared}
     identity, start = identity_hash(given.origin()), given.source.checkpoint
-    job = TrainingJob(STAGE, given.folder, identity, prepared, parents, start, alter, accompany)
+    measure = partial(_sparsity_of, given, world)
+    job = TrainingJob(STAGE, given.folder, identity, prepared, parents, start, alter, accompany, measure)
     return train(recipe, world, job, cut_short)
 
 
-def _measured(given: Input, world: World, artifact: Artifact) -> Artifact:
-    """The manifest with what it has of the model that came out. Collective."""
+def _sparsity_of(given: Input, world: World, training: Training) -> dict[str, Any]:
+    """Of the model that came out; before the manifest is written, so that a stage that has lost a zero has not finished. Collective."""
+    return world.from_main(lambda: _zeros(given, _made(given)))
+
+
+def _made(given: Input) -> Path:
     from largeformer.checkpoint.commit import newest
-    from largeformer.models.flops import parameter_count
 
     made = newest(given.folder / "checkpoints")
     assert made is not None, "training has ended with one"
+    return made
+
+
+def _measured(given: Input, world: World, artifact: Artifact) -> Artifact:
+    """The manifest with what the model that came out has lost. Collective."""
+    from largeformer.models.flops import parameter_count
+
+    made = _made(given)
     flat = inference_layout(given.recipe, world.info.world_size)
     world = world.regroup(flat)
     before, after = (
@@ -117,7 +130,6 @@ def _measured(given: Input, world: World, artifact: Artifact) -> Artifact:
         "parameters": parameters,
         "parameters_kept": 1.0,
         **held_out_figures(before, after),
-        **world.from_main(lambda: _zeros(given, made)),
     }
     artifact = replace(artifact, metrics=metrics)
     world.from_main(artifact.write)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact, identity_hash
+from largeformer.checkpoint.manifest import checksum
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.quality import LimitsConfig, QualityConfig
 from largeformer.config.schema import Recipe
@@ -43,13 +44,18 @@ class _Model:
     name: str
     recipe: Recipe
     source: Source
-    artifact: Artifact
 
     @property
     def parameters(self) -> int:
         from largeformer.models.flops import parameter_count
 
         return parameter_count(self.recipe.model, self.recipe.tokenizer.vocab_size)
+
+    @property
+    def identity(self) -> str:
+        """Of its stage; where that has not finished, of its files."""
+        artifact = Artifact.read(self.source.checkpoint.parent.parent)
+        return checksum(self.source.checkpoint) if artifact is None else artifact.identity
 
     @cached_property
     def quantization(self) -> Description | None:
@@ -89,17 +95,19 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
         folder = first_model(recipe)
         assert folder is not None, "the chain is judged"
         model, reference = _find(first, Path(recipe.run.output_dir) / entry.name), _find(first, folder)
-        key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.artifact.identity})
-        held = model.artifact.metrics.get("quality", {})
+        artifact = Artifact.read(Path(recipe.run.output_dir) / entry.name)
+        assert artifact is not None, "the stage has just finished"
+        key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.identity})
+        held = artifact.metrics.get("quality", {})
         found = held if held.get("key") == key else {"key": key, **_measure(model, reference, world, recipe.quality)}
         wrong = failures(found, recipe.quality.limits.get(entry.name, LimitsConfig()))
         found = {**found, "passed": not wrong}
 
         def record() -> None:
-            if found != held:
-                replace(model.artifact, metrics={**model.artifact.metrics, "quality": found}).write()
             if wrong:
-                model.artifact.withdraw()
+                artifact.withdraw()
+            elif found != held:
+                replace(artifact, metrics={**artifact.metrics, "quality": found}).write()
 
         world.from_main(record)
         if wrong:
@@ -117,8 +125,8 @@ def first_model(recipe: Recipe) -> Path | None:
 
 
 def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
-    """Where a model is beyond its limits; a figure that is NaN is beyond any."""
-    told = []
+    """Where a model is beyond its limits; a figure that is NaN is beyond any, and a loss that is not finite is so without limits."""
+    told = [] if math.isfinite(found["loss"]) else [f"the loss is {found['loss']}: weights or activations are not finite"]
     for name, limit in limits.model_dump(exclude_none=True).items():
         value = found[name.partition("_")[2]]
         if not (value >= limit if name.startswith("min_") else value <= limit):
@@ -128,9 +136,7 @@ def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
 
 def _find(recipe: Recipe, folder: Path) -> _Model:
     source = find_source(recipe, folder)
-    artifact = Artifact.read(source.checkpoint.parent.parent)
-    assert artifact is not None, "its stage has just finished, or an earlier one had"
-    return _Model(artifact.path.name, shaped_like(recipe, source.checkpoint), source, artifact)
+    return _Model(source.checkpoint.absolute().parent.parent.name, shaped_like(recipe, source), source)
 
 
 def _measure(model: _Model, reference: _Model, world: World, settings: QualityConfig) -> dict[str, Any]:
@@ -138,19 +144,21 @@ def _measure(model: _Model, reference: _Model, world: World, settings: QualityCo
     from largeformer.evaluation.quality import compare
 
     tokenizer = prepared_data.open_tokenizer(reference.recipe, reference.source.prepared.path)
-    windows = _windows(reference, world, settings.tokens)
+    seq_length = min(one.recipe.model.seq_length for one in (model, reference))
+    windows = _windows(reference, world, settings.tokens, seq_length)
     theirs, ours = (deployed(_exact(one), world, one.source.checkpoint) for one in (reference, model))
     with theirs as reference_chunk, ours as chunk:
         found = compare(chunk, reference_chunk, windows, world.groups, tokenizer.piece_bytes)
     sizes = {"parameters": model.parameters, "weight_bytes": model.bytes, "reference": reference.name}
-    return {**sizes, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings))}
+    return {**sizes, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings, seq_length))}
 
 
 def _exact(model: _Model) -> Recipe:
     return model.recipe.model_copy(update={"train": model.recipe.train.model_copy(update={"precision": "fp32"})})
 
 
-def _windows(model: _Model, world: World, tokens: int) -> Iterator[Batch]:
+def _windows(model: _Model, world: World, tokens: int, seq_length: int) -> Iterator[Batch]:
+    """Of the test split, as clients of exports read it: documents follow each other, whatever the recipe's switches for training."""
     from largeformer.data.loader import Reading, evaluation_windows
     from largeformer.data.splits import held_out_streams
 
@@ -159,11 +167,11 @@ def _windows(model: _Model, world: World, tokens: int) -> Iterator[Batch]:
     streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, "test", recipe.run.seed)
     at, layout = world.groups.coordinates, world.groups.layout
     reading = Reading(recipe.train.micro_batch_size, at.data, layout.data)
-    step = recipe.model.seq_length * reading.micro_batch_size * layout.data
-    return islice(evaluation_windows(streams, recipe.model.seq_length, reading, tokenizer.eod), -(-tokens // step))
+    step = seq_length * reading.micro_batch_size * layout.data
+    return islice(evaluation_windows(streams, seq_length, reading, tokenizer.eod), -(-tokens // step))
 
 
-def _latency(model: _Model, reference: _Model, settings: QualityConfig) -> list[dict[str, Any]]:
+def _latency(model: _Model, reference: _Model, settings: QualityConfig, seq_length: int) -> list[dict[str, Any]]:
     """Both as plain PyTorch in float32 on this process's CPU, taking turns; empty for models too large for that."""
     import torch
 
@@ -173,7 +181,7 @@ def _latency(model: _Model, reference: _Model, settings: QualityConfig) -> list[
     steps = {name: _torch_step(twin, one.recipe) for (name, twin), one in zip(twins.items(), (model, reference), strict=True)}
     before = torch.get_num_threads()
     try:
-        rows = list(timed(steps, settings, reference.recipe.model.seq_length, torch.set_num_threads))
+        rows = list(timed(steps, settings, seq_length, torch.set_num_threads))
         return [{**row, "tokens_per_s": 1000 * row["tokens"] / row["model_ms"]} for row in rows]
     finally:
         torch.set_num_threads(before)

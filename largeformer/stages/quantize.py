@@ -93,7 +93,7 @@ def _look(given: Input, world: World, fresh: bool) -> tuple[Artifact | None, boo
             return done, True
         flat = _flat(given, world).recipe
         check_calibration(flat, given.source, flat.quantize.calibration, flat.layout(world.info.world_size).data)
-        check_held_out(flat, given.source, "test")
+        check_held_out(flat, given.source.prepared, "test")
         return done, False
 
     return world.from_main(look)

@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
         "give one of them another name, as in {distill: {name: distill-2}}",
     ),
     "no folder name": ([{"prune": {"name": "../prune"}}], "no plain folder name"),
+    "a pretraining by another name": ([{"pretrain": {"name": "teacher"}}], "run.stages names its pretrain teacher: a run has one"),
     "an unknown key": ([{"distill": {"alhpa": 0.5}}], "in distill: unknown key alhpa; did you mean"),
     "a wrong value": ([{"distill": {"name": "d", "alpha": 2.0}}], "in d: alpha is 2.0, which should be at most 1"),
     "a wrong value of training": ([{"distill": {"train": {"train_iters": 0}}}], "in distill.train: train_iters is 0"),

@@ -96,6 +96,18 @@ def test_figures_are_those_of_the_formulas(ranks: Any, world: int, tensor: int) 
         assert (same["kl"], same["top1_agreement"], same["perplexity_increase"]) == (0.0, 1.0, 0.0)
 
 
+def broken(ranks: RankContext, recipe: Recipe) -> dict[str, Any]:
+    with model_on(ranks, recipe) as model, model_on_same(recipe, model) as other:
+        other.output_layer.weight.data.fill_(math.nan)
+        batches = model.batches(recipe, ROWS)
+        return compare(other, model.chunk, batches, model.groups, _sizes(recipe.tokenizer.vocab_size)).metrics()
+
+
+def test_a_model_of_nan_is_not_told_to_agree(ranks: Any) -> None:
+    (found,) = ranks(1).run(broken, tiny_recipe())
+    assert math.isnan(found["kl"]) and math.isnan(found["loss"])
+
+
 def test_the_fastest_of_calls_that_take_turns() -> None:
     order: list[str] = []
     found = fastest({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)

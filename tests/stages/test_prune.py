@@ -14,6 +14,8 @@ import yaml
 
 from largeformer import cli
 from largeformer.artifact import read_status, write_status
+from largeformer.compression.pruning import sparsity
+from largeformer.errors import StageFailed
 from largeformer.export.streaming import StoredTensors
 from tests.recipes import TINY
 from tests.stages.test_end_to_end import start
@@ -146,6 +148,18 @@ def test_a_gradual_schedule_interrupted_is_the_same(prune: Any, trained: Path, r
     assert cli.main(["prune", "-c", str(recipe), f"run.output_dir={tmp_path / 'other'}", *GRADUAL]) == 0
     one, other = (StoredTensors.of_checkpoint(run / "prune" / "checkpoints" / "step_00000006") for run in (prune.run, tmp_path / "other"))
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.names)
+
+
+def test_a_gradual_schedule_that_loses_a_zero_has_not_finished(prune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(parent: Any, child: Any) -> None:
+        raise StageFailed("a zero is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sparsity, "assert_zeros_kept", lost)
+        assert prune(*GRADUAL) == 1
+    assert not (prune.run / "prune" / "manifest.json").exists()
+    assert prune(*GRADUAL) == 0
+    assert metrics(prune.run)["sparsity"]["overall"] == pytest.approx(0.6, abs=2e-3) and metrics(prune.run)["perplexity"] > 1
 
 
 def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:

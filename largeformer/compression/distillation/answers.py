@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,9 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         raise BadInputError(f"{folder} holds answers without {_IDENTITY}, which says whose: delete it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
-    for unfinished in folder.glob("*.tmp"):
-        unfinished.unlink()
+    for unfinished in folder.glob(f"answers_*.{socket.gethostname()}-*.tmp"):
+        if not Path("/proc", unfinished.stem.rpartition("-")[2]).exists():  # another run may be writing here
+            unfinished.unlink()
 
 
 def index(folder: Path) -> dict[int, tuple[str, int]]:
@@ -142,7 +144,7 @@ class AnswerWriter:
             return
         whole = {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
         path = self._folder / f"answers_{whole['samples'][0]:012d}_{self._rank:05d}{_SUFFIX}"
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
         try:
             save_file(whole, temporary)
         except SafetensorError as error:  # so it tells that a disk is full

@@ -15,7 +15,7 @@ from largeformer.stages.common import prepared_data
 from largeformer.stages.common.weights import Source
 
 if TYPE_CHECKING:
-    from largeformer.data.loader import Reading
+    from largeformer.data.tokenization.tokenizer import Tokenizer
     from largeformer.parallel.batch import Batch
     from largeformer.stages.common.world import World
 
@@ -23,29 +23,28 @@ if TYPE_CHECKING:
 def calibration(recipe: Recipe, world: World, source: Source, settings: CalibrationConfig) -> list[Batch]:
     """This data rank's batches, on its device. `recipe` is shaped like the model. Raises BadInputError where the text is empty, cannot be
     read, or was cut by another tokenizer."""
-    from largeformer.data.loader import Reading
-
-    reading = Reading(recipe.train.micro_batch_size, world.groups.coordinates.data, world.groups.layout.data)
-    return [batch.to(world.device) for batch in _batches(recipe, source, settings, reading)]
+    at, layout = world.groups.coordinates, world.groups.layout
+    return [batch.to(world.device) for batch in _batches(recipe, source, settings, at.data, layout.data)]
 
 
 def check_calibration(recipe: Recipe, source: Source, settings: CalibrationConfig, data_size: int) -> None:
     """Raise what `calibration` would at so many data ranks. On one process."""
-    from largeformer.data.loader import Reading
-
-    _batches(recipe, source, settings, Reading(recipe.train.micro_batch_size, 0, data_size))
+    _batches(recipe, source, settings, 0, data_size)
 
 
-def _batches(recipe: Recipe, source: Source, settings: CalibrationConfig, reading: Reading) -> list[Batch]:
+def _batches(recipe: Recipe, source: Source, settings: CalibrationConfig, data_rank: int, data_size: int) -> list[Batch]:
     from largeformer.data.calibration import calibration_batches
-
-    return calibration_batches(_streams(recipe, source, settings.text), recipe.model.seq_length, settings.samples, reading)
-
-
-def _streams(recipe: Recipe, source: Source, text: str | None) -> list[np.ndarray]:
-    from largeformer.data.splits import held_out_streams
+    from largeformer.data.loader import Reading
+    from largeformer.data.packing import Packing
 
     tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
+    reading = Reading(recipe.train.micro_batch_size, data_rank, data_size, Packing.of(recipe.data, tokenizer.eod))
+    return calibration_batches(_streams(recipe, source, tokenizer, settings.text), recipe.model.seq_length, settings.samples, reading)
+
+
+def _streams(recipe: Recipe, source: Source, tokenizer: Tokenizer, text: str | None) -> list[np.ndarray]:
+    from largeformer.data.splits import held_out_streams
+
     if text is None:
         return held_out_streams(recipe.data, prepared_data.prefixes(recipe, source.prepared.path), tokenizer, "train", recipe.run.seed)
     path = Path(text)

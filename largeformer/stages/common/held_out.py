@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from largeformer.artifact import Artifact
 from largeformer.config.schema import Recipe
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.weights import Source
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
 
 
-def check_held_out(recipe: Recipe, source: Source, split: Literal["valid", "test"]) -> None:
-    """Raise BadInputError where the run's data has no such split. On one process."""
+def check_held_out(recipe: Recipe, prepared: Artifact, split: Literal["valid", "test"]) -> None:
+    """Raise BadInputError where the prepared data has no such split."""
     from largeformer.data.splits import held_out_streams
 
-    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
-    held_out_streams(recipe.data, prepared_data.prefixes(recipe, source.prepared.path), tokenizer, split, recipe.run.seed)
+    tokenizer = prepared_data.open_tokenizer(recipe, prepared.path)
+    held_out_streams(recipe.data, prepared_data.prefixes(recipe, prepared.path), tokenizer, split, recipe.run.seed)
 
 
 def held_out_loss(recipe: Recipe, world: World, source: Source, chunks: Sequence[GPT], split: Literal["valid", "test"]) -> LossTotal:

@@ -5,7 +5,6 @@ folder/origin.json    what makes the result what it is: the stage's settings, th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from largeformer.artifact import Artifact, identity_hash, write_atomically
-from largeformer.checkpoint.manifest import MANIFEST as CHECKSUMS
+from largeformer.checkpoint.manifest import checksum
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
@@ -45,7 +44,7 @@ class Input:
         parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
         checkpoint = self.source.checkpoint.name
         if self.made_by is None:  # nobody has said yet what the weights are: their checksums do
-            checkpoint += f" {hashlib.sha256((self.source.checkpoint / CHECKSUMS).read_bytes()).hexdigest()[:16]}"
+            checkpoint += f" {checksum(self.source.checkpoint)}"
         return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents}
 
 
@@ -57,7 +56,7 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
     found = find_source(recipe, source or from_main(lambda: stage_before(recipe, entry)))
     made_by = Artifact.read(found.checkpoint.parent.parent)
     folder = Path(recipe.run.output_dir) / entry.name
-    return Input(shaped_like(at_stage(recipe, entry), found.checkpoint), entry, found, made_by, folder)
+    return Input(shaped_like(at_stage(recipe, entry), found), entry, found, made_by, folder)
 
 
 def stage_before(recipe: Recipe, entry: StageEntry) -> Path:

@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint and the prepared data of its run."""
+    """A checkpoint, and the prepared data that goes with it: of its own run, else of the run at hand; an import's own artifact where there
+    is neither."""
 
     checkpoint: Path
     prepared: Artifact
@@ -32,7 +33,8 @@ class Source:
 
 def find_source(recipe: Recipe, source: Path | None) -> Source:
     """What `source` (a run, a stage or a checkpoint; default: the recipe's own run) means: of several checkpoints the newest whose weights
-    are what was written. Collective. Raises BadInputError where there is none, or its run holds no prepared data."""
+    are what was written. Collective. Raises BadInputError where there is none, its run holds no prepared data, or another tokenizer cut
+    that."""
     from largeformer.checkpoint.verify import find
     from largeformer.parallel.agreement import from_main, is_main
 
@@ -49,33 +51,53 @@ def _trained(source: Path) -> Path:
 
 
 def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
-    run_folder = checkpoint.absolute().parent.parent.parent
-    for folder in (run_folder / prepared_data.KIND, prepared_data.stage_folder(recipe)):
-        prepared = Artifact.read(folder)
-        if prepared is not None:
-            return Source(checkpoint, prepared)
-    imported = Artifact.read(checkpoint.parent.parent)
-    if imported is not None and imported.kind == "import":
-        return Source(checkpoint, imported)
-    raise BadInputError(
-        f"{checkpoint} lies in no run with a {prepared_data.KIND} folder, which holds the tokenizer: copy the whole run folder"
-    )
+    stage = checkpoint.absolute().parent.parent
+    own, others = Artifact.read(stage.parent / prepared_data.KIND), Artifact.read(prepared_data.stage_folder(recipe))
+    prepared = own or others or _imported(stage)
+    if prepared is None:
+        raise BadInputError(
+            f"{checkpoint} lies in no run with a {prepared_data.KIND} folder, which holds the tokenizer: copy the whole run folder"
+        )
+    trained_by = _imported(stage) or own or _imported(stage.parent / "import")
+    theirs, cut_by = (None if one is None else one.metrics.get("tokenizer_sha256") for one in (trained_by, prepared))
+    if None not in (theirs, cut_by) and theirs != cut_by:
+        raise BadInputError(
+            f"{checkpoint} reads by another tokenizer ({theirs}) than {prepared.path} was cut by ({cut_by}): prepare the text with the "
+            "model's own (tokenizer.model)"
+        )
+    if theirs is None and prepared is others:
+        _log.warning("%s does not say by which tokenizer it reads: taken to be that of %s", checkpoint, prepared.path)
+    return Source(checkpoint, prepared)
 
 
-def shaped_like(recipe: Recipe, checkpoint: Path) -> Recipe:
-    """The recipe with the model, tokenizer and data that the checkpoint was made with, which an earlier stage may have changed.
+def _imported(stage: Path) -> Artifact | None:
+    artifact = Artifact.read(stage)
+    return artifact if artifact is not None and artifact.kind == "import" else None
 
-    Raises BadInputError where the checkpoint does not say, or the layout does not fit that model.
+
+def shaped_like(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with the model and the tokenizer that the checkpoint was made with, which an earlier stage may have changed, and with the
+    text that was prepared for it, which an import knows nothing of.
+
+    Raises BadInputError where the checkpoint or the prepared data does not say, or the layout does not fit that model.
     """
-    path = checkpoint / "config.yaml"
-    try:
-        made_with = Recipe.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise BadInputError(f"{path} does not say what the checkpoint was made with ({error}): copy the whole checkpoint folder") from error
-    recipe = recipe.model_copy(update={"model": made_with.model, "tokenizer": made_with.tokenizer, "data": made_with.data})
+    made_with = _made_with(source.checkpoint)
+    data = made_with.data
+    if source.prepared.kind == prepared_data.KIND:
+        text = _made_with(source.prepared.path)
+        data = data.model_copy(update={key: getattr(text.data, key) for key in text.identity(prepared_data.KIND)["data"]})
+    recipe = recipe.model_copy(update={"model": made_with.model, "tokenizer": made_with.tokenizer, "data": data})
     if problems := recipe_problems(recipe):
         raise BadInputError(problems)
     return recipe
+
+
+def _made_with(folder: Path) -> Recipe:
+    path = folder / "config.yaml"
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInputError(f"{path} does not say what {folder.name} was made with ({error}): copy the whole folder") from error
 
 
 def on_this_world(recipe: Recipe, world_size: int) -> Recipe:

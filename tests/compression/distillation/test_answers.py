@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from largeformer.compression.distillation import answers
 from largeformer.compression.distillation.answers import AnswerReader, AnswerWriter, WrittenAnswer, claim, index, most_probable
 from largeformer.compression.distillation.figures import Figures
 from largeformer.compression.distillation.loss import Answer, DistillationLoss, LiveAnswer
@@ -125,10 +129,32 @@ def test_any_micro_batch_finds_its_samples(precision: str, tmp_path: Path) -> No
 def test_what_was_being_written_is_not_taken_for_an_answer(tmp_path: Path) -> None:
     claim(tmp_path, {"teacher": "a"})
     fill(tmp_path, (0, 1))
-    (tmp_path / "answers_000000000002_00000.tmp").write_bytes(b"half")
+    host, gone = socket.gethostname(), subprocess.Popen(["true"])
+    gone.wait()
+    theirs = [tmp_path / "mine.tmp", tmp_path / f"answers_000000000003_00000.{host}-{os.getpid()}.tmp"]
+    for path in (*theirs, tmp_path / f"answers_000000000002_00000.{host}-{gone.pid}.tmp"):
+        path.write_bytes(b"half")
     claim(tmp_path, {"teacher": "a"})
     assert sorted(index(tmp_path)) == [0, 1]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert sorted(tmp_path.glob("*.tmp")) == sorted(theirs)
+
+
+def test_two_students_may_write_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second claims the folder, and writes the same file, while the first writes."""
+    claim(tmp_path, {"teacher": "a"})
+    save, pid = answers.save_file, os.getpid()
+
+    def second(*arguments: Any) -> None:
+        save(*arguments)
+        with monkeypatch.context() as other:
+            other.setattr(answers, "save_file", save)
+            other.setattr(os, "getpid", lambda: pid + 1)
+            claim(tmp_path, {"teacher": "a"})
+            fill(tmp_path, (0, 1))
+
+    monkeypatch.setattr(answers, "save_file", second)
+    fill(tmp_path, (0, 1))
+    assert sorted(index(tmp_path)) == [0, 1] and not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(

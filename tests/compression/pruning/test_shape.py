@@ -8,12 +8,13 @@ import pytest
 
 from largeformer.compression.pruning.shape import narrowed, pruned_shape
 from largeformer.config.prune import PruneConfig, prune_problems
-from largeformer.config.schema import ModelConfig
+from largeformer.config.schema import EarlyStoppingConfig, ModelConfig, TrainConfig
 from largeformer.errors import BadInputError
 from largeformer.models.flops import parameter_count
 
 VOCABULARY = 4096
 MODEL = ModelConfig(num_layers=12, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, seq_length=64)
+TRAIN = TrainConfig(micro_batch_size=1, global_batch_size=1, train_iters=100)
 MULTI_HEAD = MODEL.model_copy(update={"num_query_groups": None})
 
 
@@ -102,13 +103,17 @@ RULES = {
     "a schedule with a pattern": ({"method": "magnitude", "pattern": "2:4", "schedule": {"end": 5}}, "lets a share grow"),
     "a schedule beyond the training": ({"method": "magnitude", "schedule": {"end": 100}}, "from step 0 to 100 of 100"),
     "a schedule backwards": ({"method": "magnitude", "schedule": {"start": 9, "end": 5}}, "from step 9 to 5"),
+    "a schedule with an early end": (
+        {"method": "magnitude", "schedule": {"end": 5}, "train": {"early_stopping": {"patience": 2}}},
+        "prune.train.early_stopping: null",
+    ),
     "global wanda": ({"method": "wanda", "scope": "global"}, "needs prune.method magnitude"),
 }
 
 
 @pytest.mark.parametrize(("keys", "sentence"), RULES.values(), ids=RULES)
 def test_keys_that_do_not_go_together(keys: dict[str, Any], sentence: str) -> None:
-    problems = list(prune_problems(prune(**keys), 100))
+    problems = list(prune_problems(prune(**keys), TRAIN))
     assert len(problems) == 1 and sentence in problems[0], problems
 
 
@@ -123,4 +128,10 @@ ALLOWED = {
 
 @pytest.mark.parametrize("keys", ALLOWED.values(), ids=ALLOWED)
 def test_keys_that_do(keys: dict[str, Any]) -> None:
-    assert not list(prune_problems(prune(**keys), 100))
+    assert not list(prune_problems(prune(**keys), TRAIN))
+
+
+def test_a_schedule_may_take_back_the_recipes_early_stopping() -> None:
+    schedule, train = {"method": "magnitude", "schedule": {"end": 5}}, TRAIN.model_copy(update={"early_stopping": EarlyStoppingConfig()})
+    assert len(list(prune_problems(prune(**schedule), train))) == 1
+    assert not list(prune_problems(prune(**schedule, train={"early_stopping": None}), train))
