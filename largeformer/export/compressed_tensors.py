@@ -44,6 +44,7 @@ class Compressed:
         self._check(shapes, quantization.ignore, linear)
         self._library = library_scheme(self._scheme)
         self._rows = {name: shape[0] for name, shape in shapes.items()}
+        self._tied = f"lm_head{_SUFFIX}" not in shapes
         self._zero_points: dict[str, list[torch.Tensor]] = {}
 
     def config(self) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Compressed:
             config_groups={"group_0": self._library},
             format=self._scheme.format,
             quantization_status=QuantizationStatus.COMPRESSED,
-            ignore=self.ignored,
+            ignore=[*self.ignored, *(["lm_head"] if self._tied else [])],  # a tied head has no integers, and clients would look for them
         )
         return config.model_dump(mode="json", exclude_none=True)  # type: ignore[no-any-return]
 
