@@ -60,9 +60,9 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
     folder.mkdir(parents=True, exist_ok=True)
     recipe = _recipe(held, weights, source, folder, output, overrides)
     with reporting(recipe, STAGE):
-        parameters = _write_checkpoint(held.state(weights), recipe, folder)
-        metrics = {"architecture": held.architecture, "parameters": parameters}
-        identity = identity_hash({"stage": STAGE, "config": held.described, "weights": _sizes(source)})
+        parameters, checksums = _write_checkpoint(held.state(weights), recipe, folder)
+        metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, folder)}
+        identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums})
         print(f"imported {parameters:,} parameters into {folder}", flush=True)
         if recipe.tokenizer.model is None:
             print(f"{source} has no tokenizer that we read ({' or '.join(_TOKENIZERS)}): give one as tokenizer.model of the recipe")
@@ -113,10 +113,6 @@ def _open(source: Path) -> StoredTensors:
     return StoredTensors.of_folder(source)
 
 
-def _sizes(source: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))}
-
-
 def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, output: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
     model, tokenizer = held.model, _copy_tokenizer(source, held.tokens, folder)
@@ -165,15 +161,26 @@ def _end_of_text(source: Path) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _write_checkpoint(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> int:
-    """Commit the weights as a checkpoint at step 0. Returns the number of parameters."""
+def _tokenizer_metrics(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """Which tokenizer was copied, as `prepare` tells it; nothing where none was."""
+    from largeformer.data.tokenization.tokenizer import load_tokenizer, tokenizer_file
+
+    path = folder / tokenizer_file(recipe.tokenizer)
+    return {"tokenizer_sha256": load_tokenizer(path, recipe.tokenizer).unique_identifiers["sha256"]} if path.exists() else {}
+
+
+def _write_checkpoint(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> tuple[int, dict[str, str]]:
+    """Commit the weights as a checkpoint at step 0. Returns the number of parameters, and the SHA-256 of each file of weights: unlike the
+    recipe beside them they name no path, so the same folder comes to the same wherever it is imported."""
     from largeformer.checkpoint.commit import begin, commit
     from largeformer.checkpoint.format import Block
+    from largeformer.checkpoint.manifest import read_manifest
     from largeformer.training.checkpointing import Contents, first_state, write_contents
 
     places = [Block(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)).place for name, tensor in state.items()]
     texts = {"state.json": first_state(), "config.yaml": recipe_yaml(recipe).encode()}
     temporary = begin(folder / "checkpoints", 0)
     contents = Contents(0, {"weights": places}, [], texts)
-    commit(temporary, *write_contents(temporary, contents, (("weights", tensor) for tensor in state.values())))
-    return sum(tensor.numel() for tensor in state.values())
+    checkpoint = commit(temporary, *write_contents(temporary, contents, (("weights", tensor) for tensor in state.values())))
+    checksums = {name: digest.sha256 for name, digest in read_manifest(checkpoint).items() if name.startswith("weights/")}
+    return sum(tensor.numel() for tensor in state.values()), checksums

@@ -209,6 +209,23 @@ def test_our_own_folder_is_imported_as_it_was(run: Path, tmp_path: Path, made_by
     assert tokenizer.exists() if made_by == "export" else after.tokenizer.model is None
 
 
+def test_an_import_is_what_its_weights_and_tokenizer_are(run: Path, tmp_path: Path) -> None:
+    """Two trainings of one model have files of one size: what is built on the one must not be taken for built on the other."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "export" / "hf", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    manifests = []
+    for number, source in enumerate([run / "export" / "hf", run / "export" / "hf", other]):
+        assert cli.main(["import", "--from", str(source), "-o", str(tmp_path / f"imported {number}")]) == 0
+        manifests.append(json.loads((tmp_path / f"imported {number}" / "import" / "manifest.json").read_text()))
+    first, again, trained = (manifest["identity"] for manifest in manifests)
+    assert first == again != trained
+    prepared = json.loads((run / "prepare" / "manifest.json").read_text())["metrics"]
+    assert [manifest["metrics"]["tokenizer_sha256"] for manifest in manifests] == 3 * [prepared["tokenizer_sha256"]]
+
+
 def reshape(folder: Path, old: str, new: str) -> None:
     text = (folder / "config.yaml").read_text()
     assert old in text
