@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,8 +16,10 @@ class TokenizerConfig(Section):
     """A SentencePiece model, trained by `prepare` or read from `model`; or a Hugging Face `tokenizer.json`, always read from `model`.
 
     `vocab_size` is stated either way, so that `plan` and `--dry-run` need no tokenizer; a tokenizer of another size is refused when it
-    is opened. `eod_token` ends every document: `</s>` unless given, and always given for a Hugging Face tokenizer, whose file does not
-    say. `user_symbols` become single ids wherever they stand in text. Training reads a sample of at most `sample_bytes`.
+    is opened. `unused_ids`: how many of them the tokenizer does not have, where a model that was made elsewhere has more rows than its
+    tokenizer ids; no text has them. `eod_token` ends every document: `</s>` unless given, and always given for a Hugging Face tokenizer,
+    whose file does not say. `user_symbols` become single ids wherever they stand in text. Training reads a sample of at most
+    `sample_bytes`.
     """
 
     type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
@@ -30,6 +32,11 @@ class TokenizerConfig(Section):
     sample_bytes: PositiveInt | None = None
     eod_token: str | None = None
     pad_token: str | None = None
+    unused_ids: Annotated[int, Field(ge=0)] = 0
+
+    def identity(self) -> dict[str, Any]:
+        """For `Recipe.identity`."""
+        return self.model_dump(mode="json", exclude=set() if self.unused_ids else {"unused_ids"})
 
 
 class SourceConfig(Section):

@@ -217,7 +217,7 @@ class Recipe(Section):
         unused = {"num_workers", "prepare_workers", "quarantine_threshold"}
         order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment"}
         tokenizer_and_data: dict[str, Any] = {
-            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "tokenizer": self.tokenizer.identity(),
             "data": self.data.model_dump(mode="json", exclude={*unused, *(order if stage == "prepare" else ())}),
             "seed": self.run.seed,
         }

@@ -15,6 +15,8 @@ def tokenizer_problems(tokenizer: TokenizerConfig) -> Iterator[str]:
             yield "tokenizer.type huggingface needs tokenizer.model, which is null: give the path of a tokenizer.json"
         if tokenizer.eod_token is None:
             yield "tokenizer.type huggingface needs tokenizer.eod_token, which is null: name what ends a document, as <|endoftext|>"
+    if tokenizer.unused_ids and tokenizer.model is None:
+        yield f"tokenizer.unused_ids is {tokenizer.unused_ids}, and a tokenizer that prepare trains has every id: remove it"
     for name in ("eod_token", "pad_token"):
         value = getattr(tokenizer, name)
         if value is not None and tokenizer.model is None and value not in SPECIAL_TOKENS:

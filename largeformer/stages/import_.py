@@ -115,7 +115,8 @@ def _open(source: Path) -> StoredTensors:
 
 def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, output: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
-    model, tokenizer = held.model, _copy_tokenizer(source, held.tokens, folder)
+    model, name = held.model, _tokenizer_name(source)
+    tokenizer = dict(held.tokens) if name is None else _tokenizer_section(source, name, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     tree = {
         "run": {"name": output.name, "output_dir": str(output)},
@@ -132,33 +133,68 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, out
     if same != model or (recipe.model.seq_length != model.seq_length and model.position_embedding == "learned"):
         draft.unlink()
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
+    if name is not None:
+        recipe = recipe.model_copy(update={"tokenizer": _with_unused_ids(source / name, recipe.tokenizer)})
+        shutil.copyfile(source / name, folder / name)
     write_atomically(draft, recipe_yaml(recipe).encode())
     return recipe
 
 
-def _copy_tokenizer(source: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The recipe's section `tokenizer`, for the folder's tokenizer, which is tried and copied, or for none."""
-    from largeformer.data.tokenization.tokenizer import load_tokenizer
+def _tokenizer_name(source: Path) -> str | None:
+    return next((name for name in _TOKENIZERS if (source / name).is_file()), None)
 
-    name = next((name for name in _TOKENIZERS if (source / name).is_file()), None)
-    section = dict(known)
-    if name is None:
-        return section
-    section["type"] = _TOKENIZERS[name]
-    if name == "tokenizer.json" and "eod_token" not in section:
+
+def _tokenizer_section(source: Path, name: str, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe's section `tokenizer`, for the tokenizer of the imported folder, which will lie in `folder`."""
+    section = {**known, "type": _TOKENIZERS[name], "model": str(folder / name)}
+    if name == "tokenizer.json" and section.get("eod_token") is None:
         section["eod_token"] = _end_of_text(source)
-    load_tokenizer(source / name, TokenizerConfig.model_validate(section))
-    shutil.copyfile(source / name, folder / name)
-    return {**section, "model": str(folder / name)}
+    return section
+
+
+def _with_unused_ids(path: Path, tokens: TokenizerConfig) -> TokenizerConfig:
+    """`tokens`, for a model that may have more rows than the tokenizer in `path` ids: many are made larger, to divide well. Raises
+    BadInputError where it has fewer."""
+    from largeformer.data.tokenization.tokenizer import tokenizer_of_any_size
+
+    size = tokenizer_of_any_size(path, tokens.model_copy(update={"unused_ids": 0})).vocab_size
+    if size > tokens.vocab_size:
+        raise BadInputError(
+            f"tokenizer {path} has {size} ids, and the model rows for {tokens.vocab_size}: it is another model's; put its own in its place"
+        )
+    return tokens.model_copy(update={"unused_ids": tokens.vocab_size - size})
 
 
 def _end_of_text(source: Path) -> str | None:
-    """The name of the token that ends a text, as `tokenizer_config.json` gives it."""
+    """The name of the token that ends a text: as `tokenizer_config.json` gives it, else that of the id in the model's configuration. None
+    where neither does."""
+    token = _json_in(source / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+        return token
+    names = _names_by_id(_json_in(source / "tokenizer.json"))
+    for file in ("generation_config.json", "config.json"):
+        given = _json_in(source / file).get("eos_token_id")
+        named = [names[i] for i in (given if isinstance(given, list) else [given]) if i in names]
+        if named:
+            return named[0]
+    return None
+
+
+def _names_by_id(definition: Mapping[str, Any]) -> dict[int, str]:
+    """The tokens of a tokenizer.json; its vocabulary may also be a list of pieces with their scores."""
+    vocabulary = (definition.get("model") or {}).get("vocab") or {}
+    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
+    return {i: piece for piece, i in pieces} | {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
+
+
+def _json_in(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file, or something else in it."""
     try:
-        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return token.get("content") if isinstance(token, dict) else token
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _tokenizer_metrics(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -198,7 +198,7 @@ class Preparation:
 def encoding_of(recipe: Recipe) -> dict[str, Any]:
     """What the tokens of a text depend on, beside the text."""
     data = recipe.data.model_dump(mode="json", include={"cleaning", "deduplicate", "max_document_bytes"})
-    return {"tokenizer": recipe.tokenizer.model_dump(mode="json"), **data}
+    return {"tokenizer": recipe.tokenizer.identity(), **data}
 
 
 def check_base(recipe: Recipe, folder: Path) -> None:

@@ -236,7 +236,8 @@ BAD_OWN_FOLDERS: dict[str, tuple[Any, str]] = {
     "another width": (lambda f: reshape(f, "ffn_hidden_size: 96", "ffn_hidden_size: 128"), "which is not its config.yaml's"),
     "fewer layers": (lambda f: reshape(f, "num_layers: 4", "num_layers: 3"), "which has no place in the model of its config.yaml"),
     "more layers": (lambda f: reshape(f, "num_layers: 4", "num_layers: 5"), "holds no decoder.layers.4."),
-    "another vocabulary": (lambda f: reshape(f, "vocab_size: 500", "vocab_size: 501"), "has 500 ids"),
+    "another vocabulary": (lambda f: reshape(f, "vocab_size: 500", "vocab_size: 499"), "has 500 ids, and the model rows for 499"),
+    "more rows": (lambda f: reshape(f, "vocab_size: 500", "vocab_size: 501"), "which is not its config.yaml's"),
 }
 
 
@@ -269,13 +270,66 @@ def break_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def without_end(folder: Path) -> None:
+    """A tokenizer.json alone, of which no file says what ends a text."""
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").unlink()
+    break_config(folder, eos_token_id=None)
+
+
+def padded(folder: Path, rows: int) -> None:
+    """As Qwen2 and others are: the embedding made larger, with rows that no id of the tokenizer has."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], 0.01 * torch.randn(rows - len(tensors[name]), tensors[name].shape[1])])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    break_config(folder, vocab_size=rows)
+
+
+def import_padded(run: Path, folder: Path, kind: str) -> Path:
+    """The run folder of an import of 512 rows for 500 ids."""
+    source, imported = folder / "hf", folder / "imported"
+    shutil.copytree(run / "export" / "hf", source)
+    padded(source, 512)
+    if kind == "huggingface":
+        (source / "tokenizer.model").unlink()
+        (source / "tokenizer_config.json").write_text("{}")  # as GPT-2 has it; config.json names the id
+    overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]
+    overrides += ["train.train_iters=1", "train.eval_iters=1", "train.global_batch_size=2"]
+    overrides += ["tracking.wandb.mode=disabled", "export.formats=[hf]", "export.gate_tokens=256"]
+    assert cli.main(["import", "--from", str(source), "-o", str(imported), *overrides]) == 0
+    return imported
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_model_with_more_rows_than_its_tokenizer_has_ids(run: Path, tmp_path: Path, kind: str) -> None:
+    tokens = load_recipe(str(import_padded(run, tmp_path, kind) / "import" / "config.yaml")).tokenizer
+    assert (tokens.type, tokens.vocab_size, tokens.unused_ids) == (kind, 512, 12)
+    assert tokens.eod_token == (None if kind == "sentencepiece" else "</s>")
+
+
+@pytest.mark.slow
+def test_rows_that_no_id_has_stay_through_every_stage(run: Path, tmp_path: Path) -> None:
+    imported = import_padded(run, tmp_path, "huggingface")
+    for command in ("prepare", "pretrain", "evaluate", "export"):
+        done = start(command, "-c", str(imported / "import" / "config.yaml"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert start("generate", "--from", str(imported), "--prompt", "def", "--max-new-tokens", "5").returncode == 0
+    config = json.loads((imported / "export" / "hf" / "config.json").read_text())
+    manifest = json.loads((imported / "export" / "manifest.json").read_text())
+    assert config["vocab_size"] == 512 and manifest["metrics"]["formats"]["hf"]["tokenizer_agreement"] == 1.0
+
+
 BAD_FOLDERS: dict[str, tuple[Any, str]] = {
     "another architecture": (lambda f: break_config(f, model_type="bert"), "model_type is 'bert'; what can be imported: gpt2, llama"),
     "scaled positions": (lambda f: break_config(f, rope_scaling={"type": "linear"}), "rope_scaling is {'type': 'linear'}"),
     "another shape": (lambda f: break_config(f, intermediate_size=128), "has the shape [96, 64]; this model's is [128, 64]"),
     "pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "holds its weights as pickles"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
-    "another vocabulary": (lambda f: break_config(f, vocab_size=501), "has 500 ids"),
+    "another vocabulary": (lambda f: break_config(f, vocab_size=499), "has 500 ids, and the model rows for 499"),
+    "more rows": (lambda f: break_config(f, vocab_size=501), "has the shape [500, 64]; this model's is [501, 64]"),
+    "no end of a text": (without_end, "tokenizer.eod_token, which is null: name what ends a document"),
 }
 
 

@@ -29,12 +29,12 @@ _PROBE = 'def f(x):\n    return "Grüße"  # 大型语言模型, e\u0301 \u00a0�
 
 
 class HuggingFaceTokenizer:
-    """`definition` is the content of a tokenizer.json; `eod` and `pad` are names of its tokens."""
+    """`definition` is the content of a tokenizer.json; `eod` and `pad` are names of its tokens; `unused` ids come after its own."""
 
-    def __init__(self, definition: bytes, eod: str, pad: str | None = None) -> None:
+    def __init__(self, definition: bytes, eod: str, pad: str | None = None, unused: int = 0) -> None:
         from tokenizers import Tokenizer as Library
 
-        self._definition, self._named = definition, (eod, pad)
+        self._definition, self._named, self._unused = definition, (eod, pad), unused
         self._library = Library.from_str(definition.decode("utf-8"))
         self._library.no_padding()
         self._library.no_truncation()
@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        return 1 + max(self._library.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._library.get_vocab(with_added_tokens=True).values()) + self._unused
 
     @property
     def eod(self) -> int:
@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
         return self.decode(ids) == _PROBE and int(self.piece_bytes[ids].sum()) == len(_PROBE.encode("utf-8"))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self._definition, *self._named)
+        return type(self), (self._definition, *self._named, self._unused)
 
     def _id(self, token: str | None) -> int:
         found = self._library.token_to_id(token) if token is not None else None
@@ -118,7 +118,7 @@ def open_hugging_face(content: bytes, path: Path, config: TokenizerConfig) -> Hu
     """Raises BadInputError where `content` is no tokenizer.json, the library is missing, or the tokens named are not in it."""
     assert config.eod_token is not None  # config/tokenizer_rules.py
     try:
-        tokenizer = HuggingFaceTokenizer(content, config.eod_token, config.pad_token)
+        tokenizer = HuggingFaceTokenizer(content, config.eod_token, config.pad_token, config.unused_ids)
     except ImportError:
         raise BadInputError("tokenizer.type huggingface needs the package tokenizers: pip install 'largeformer[data]'") from None
     except Exception as error:  # The library raises bare Exceptions.

@@ -22,10 +22,11 @@ SPACE = "\u2581"
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. `eod` and `pad` name its special tokens, unless they are the model's own `</s>` and `<pad>`."""
+    """A SentencePiece model. `eod` and `pad` name its special tokens, unless they are the model's own `</s>` and `<pad>`; `unused` ids
+    come after its own."""
 
-    def __init__(self, model: bytes, eod: str | None = None, pad: str | None = None) -> None:
-        self._model, self._named = model, (eod, pad)
+    def __init__(self, model: bytes, eod: str | None = None, pad: str | None = None, unused: int = 0) -> None:
+        self._model, self._named, self._unused = model, (eod, pad), unused
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         # A model made elsewhere may put a space in front of a text; ours does not.
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
@@ -33,7 +34,7 @@ class SentencePieceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._processor.vocab_size())
+        return int(self._processor.vocab_size()) + self._unused
 
     @property
     def eod(self) -> int:
@@ -69,12 +70,12 @@ class SentencePieceTokenizer:
         return np.array([len(piece) for piece in self._pieces], dtype=np.int32)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self._model, *self._named)
+        return type(self), (self._model, *self._named, self._unused)
 
     @cached_property
     def _pieces(self) -> list[bytes]:
         """The UTF-8 that each id stands for."""
-        return [self._piece(i) for i in range(self.vocab_size)]
+        return [self._piece(i) for i in range(self._processor.vocab_size())] + [b""] * self._unused
 
     def _piece(self, token: int) -> bytes:
         processor = self._processor
@@ -109,7 +110,7 @@ class SentencePieceTokenizer:
 def open_sentencepiece(content: bytes, path: Path, config: TokenizerConfig) -> SentencePieceTokenizer:
     """Raises BadInputError where `content` is no SentencePiece model, or has no token that could end a document."""
     try:
-        tokenizer = SentencePieceTokenizer(content, config.eod_token, config.pad_token)
+        tokenizer = SentencePieceTokenizer(content, config.eod_token, config.pad_token, config.unused_ids)
     except (RuntimeError, OSError, ValueError) as error:
         raise BadInputError(f"tokenizer {path} is not a SentencePiece model: give the .model file itself") from error
     if config.eod_token is not None and tokenizer.eod < 0:

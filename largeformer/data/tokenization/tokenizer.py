@@ -89,20 +89,22 @@ def tokenizer_file(config: TokenizerConfig) -> str:
 
 def load_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer in `path`. Raises BadInputError where it is missing, broken, without the tokens that `config` names, or not of
-    `config.vocab_size` ids."""
+    `config.vocab_size` ids, `config.unused_ids` among them."""
+    tokenizer = tokenizer_of_any_size(path, config)
+    if tokenizer.vocab_size != config.vocab_size:
+        size = tokenizer.vocab_size
+        counted = f" with {config.unused_ids} unused_ids" if config.unused_ids else ""
+        raise BadInputError(f"tokenizer {path} has {size} ids{counted}, tokenizer.vocab_size says {config.vocab_size}: set it to {size}")
+    return tokenizer
+
+
+def tokenizer_of_any_size(path: Path, config: TokenizerConfig) -> Tokenizer:
+    """As `load_tokenizer`, whatever `config.vocab_size` says."""
     try:
         content = path.read_bytes()
     except OSError as error:
         kind = "tokenizer.json" if config.type == "huggingface" else "SentencePiece .model"
         raise BadInputError(f"tokenizer {path} cannot be read ({error.strerror}): give the path of a {kind} file") from error
-    tokenizer = _opened(content, path, config)
-    if tokenizer.vocab_size != config.vocab_size:
-        size = tokenizer.vocab_size
-        raise BadInputError(f"tokenizer {path} has {size} ids, tokenizer.vocab_size says {config.vocab_size}: set it to {size}")
-    return tokenizer
-
-
-def _opened(content: bytes, path: Path, config: TokenizerConfig) -> Tokenizer:
     if config.type == "huggingface":
         from largeformer.data.tokenization.huggingface import open_hugging_face
 

@@ -125,6 +125,18 @@ def test_a_tokenizer_survives_pickling(paths: dict[str, Path]) -> None:
     assert copy.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and copy.unique_identifiers == tokenizer.unique_identifiers
 
 
+def test_ids_that_the_model_alone_has_stand_for_no_text(paths: dict[str, Path]) -> None:
+    """As in Qwen2, whose embedding has more rows than its tokenizer ids."""
+    tokenizer, own = opened(paths["byte-level"], vocab_size=512, unused_ids=112), opened(paths["byte-level"])
+    assert (own.vocab_size, tokenizer.vocab_size, len(tokenizer.piece_bytes)) == (400, 512, 512)
+    assert not tokenizer.piece_bytes[400:].any()
+    assert tokenizer.decode([*tokenizer.encode("value"), 400, 511]) == "value"
+    assert tokenizer.encode(TEXTS[0]) == own.encode(TEXTS[0]) and tokenizer.unique_identifiers == own.unique_identifiers
+    assert pickle.loads(pickle.dumps(tokenizer)).vocab_size == 512
+    with pytest.raises(IndexError, match="id 512 is outside the vocabulary of 512"):
+        tokenizer.decode([512])
+
+
 def test_symbols_that_are_no_single_ids_are_found(paths: dict[str, Path]) -> None:
     assert missing_symbols(opened(paths["byte-level"]), ["<URL>", "x"]) == ["<URL>"]
 
@@ -133,6 +145,10 @@ BAD = {
     "no such end": ({"eod_token": "</s>"}, "has no token '</s>', which tokenizer.eod_token names .*<|endoftext|>"),
     "no such padding": ({"pad_token": "[PAD]"}, "tokenizer.pad_token"),
     "another size": ({"vocab_size": 512}, r"has 400 ids, tokenizer\.vocab_size says 512: set it to 400"),
+    "too few unused": (
+        {"vocab_size": 512, "unused_ids": 100},
+        r"has 500 ids with 100 unused_ids, tokenizer\.vocab_size says 512",
+    ),
 }
 
 

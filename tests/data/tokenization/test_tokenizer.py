@@ -137,6 +137,14 @@ def test_another_size_is_refused(model_path: Path) -> None:
         load_tokenizer(model_path, TokenizerConfig(vocab_size=512))
 
 
+def test_ids_that_the_model_alone_has_stand_for_no_text(model_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path, TokenizerConfig(vocab_size=512, model=str(model_path), unused_ids=112))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for one in (tokenizer, copy):
+        assert (one.vocab_size, len(one.piece_bytes), one.piece_bytes[400:].any()) == (512, 512, False)
+        assert one.decode([*one.encode("value"), 400, 511]) == "value"
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x0a\x05hello"], ids=["absent", "empty", "text", "another message"])
 def test_what_is_no_model_is_bad_input(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
