@@ -17,16 +17,26 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from largeformer.artifact import Artifact, identity_hash, library_versions, read_status, size_problems, sync_folder, write_atomically
+from largeformer.artifact import (
+    MANIFEST,
+    Artifact,
+    identity_hash,
+    library_versions,
+    read_status,
+    size_problems,
+    sync_folder,
+    write_atomically,
+)
 from largeformer.config.chain import StageEntry, entry_named
+from largeformer.config.export import ExportFormat
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError, StageFailed
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
-from largeformer.stages.common.claim import set_aside
+from largeformer.stages.common.claim import CONFIG, identity_in, set_aside
 from largeformer.stages.common.inputs import Input, input_of, record
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import enter_world, reporting
@@ -92,7 +102,8 @@ def _plan(given: Input, fresh: bool) -> _Plan:
 def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
     """Make `folder` this export's. What an unfinished one left is removed; anything else is in the way, unless `fresh` sets it aside."""
     there = list(folder.iterdir()) if folder.is_dir() else []
-    foreign = sorted(path.name for path in there if path.suffix != _UNFINISHED and path.name != "config.yaml")
+    left = [path for path in there if path.suffix == _UNFINISHED or (path.name in get_args(ExportFormat) and _not_finished(folder, recipe))]
+    foreign = sorted(path.name for path in there if path not in left and path.name != CONFIG)
     if foreign and not fresh:
         named = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
         raise BadInputError(
@@ -101,10 +112,15 @@ def _claim(folder: Path, recipe: Recipe, fresh: bool) -> None:
         )
     if foreign:
         set_aside(folder)
-    for path in folder.glob(f"*{_UNFINISHED}"):
+    for path in left if not foreign else ():
         shutil.rmtree(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", recipe_yaml(recipe).encode())
+    write_atomically(folder / CONFIG, recipe_yaml(recipe).encode())
+
+
+def _not_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether this recipe's export was stopped there after formats had got their names, and before the manifest."""
+    return not (folder / MANIFEST).exists() and identity_in(folder, STAGE) == recipe.identity(STAGE)
 
 
 def _job(recipe: Recipe, source: Source) -> Job:
@@ -146,13 +162,14 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
     if wrong:
         kept = ", ".join(f"{name}{_UNFINISHED}" for name in plan.formats)
         raise StageFailed([*wrong, f"nothing was exported; what was written lies in {plan.given.folder} for you to look at ({kept})"])
+    metrics = {"checkpoint": plan.given.source.checkpoint.name, "parameters": parameters, "formats": made, **sparsity}
+    if "onnx" in plan.formats:
+        files = plan.given.folder / f"onnx{_UNFINISHED}"
+        metrics["latency"] = onnx_latency(files, plan.given.recipe.quality, plan.given.recipe.model.seq_length)
     for name in plan.formats:
         (plan.given.folder / f"{name}{_UNFINISHED}").rename(plan.given.folder / name)
     sync_folder(plan.given.folder)
     shutil.rmtree(plan.given.folder / _SCRATCH)
-    metrics = {"checkpoint": plan.given.source.checkpoint.name, "parameters": parameters, "formats": made, **sparsity}
-    if "onnx" in plan.formats:
-        metrics["latency"] = onnx_latency(plan.given.folder / "onnx", plan.given.recipe.quality, plan.given.recipe.model.seq_length)
     artifact = Artifact(STAGE, plan.given.folder, plan.identity, plan.parents, metrics, library_versions(_LIBRARIES)).write()
     record(plan.given, artifact)
     return artifact

@@ -110,6 +110,34 @@ def test_a_folder_in_the_way_is_left_alone_or_set_aside(run: Path, copy: Path, c
     assert (copy / "export.old-1" / "hf" / "mine.txt").exists() and (copy / "export" / "hf" / "config.json").exists()
 
 
+def test_an_export_that_was_stopped_before_its_manifest_is_made_again(run: Path, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By a stop between the names of the formats and the manifest."""
+    shutil.copytree(run / "export", copy / "export")
+    (copy / "export" / "manifest.json").unlink()
+    (copy / "export" / "hf" / "model.safetensors").unlink()
+    arguments = ["export", "--from", str(copy)]
+    assert cli.main([*arguments, "export.group_size=16"]) == 2
+    assert "is not empty (hf, hf-int4, hf-int8, largeformer)" in capfd.readouterr().err, "another recipe's is left alone"
+    assert cli.main(arguments) == 0
+    assert (copy / "export" / "hf" / "model.safetensors").exists() and (copy / "export" / "manifest.json").exists()
+    assert not (copy / "export.old-1").exists()
+
+
+def test_formats_get_their_names_once_nothing_is_left_to_do(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    from largeformer.errors import BadInputError
+    from largeformer.stages import export as stage
+
+    def stopped(folder: Path, *_: Any) -> None:
+        assert (folder / "model_int8.onnx").exists()
+        raise BadInputError("stopped")
+
+    monkeypatch.setattr(stage, "onnx_latency", stopped)
+    assert cli.main(["export", "--from", str(copy), "export.formats=[onnx]"]) == 2
+    assert sorted(path.name for path in (copy / "export").iterdir()) == ["config.yaml", "onnx.unfinished", "reference.unfinished"]
+
+
 BAD = {
     "unknown format": (
         ["export.formats=[gguf]"],

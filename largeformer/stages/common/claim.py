@@ -24,7 +24,7 @@ def claim(folder: Path, recipe: Recipe, stage: str, fresh: bool) -> None:
     Raises BadInputError where it belongs to a recipe of another identity; with `fresh` that folder is set aside instead.
     """
     wanted = recipe.identity(stage)
-    there = _identity_in(folder, stage) if holds_results(folder) else None
+    there = identity_in(folder, stage) if holds_results(folder) else None
     if there is not None and there != wanted:
         if not fresh:
             raise belongs_to_another(folder, there, wanted)
@@ -46,7 +46,7 @@ def holds_results(folder: Path) -> bool:
     return (folder / MANIFEST).exists() or any(folder.glob("checkpoints/step_*"))
 
 
-def _identity_in(folder: Path, stage: str) -> dict[str, Any]:
+def identity_in(folder: Path, stage: str) -> dict[str, Any]:
     """The identity that the folder was claimed with; empty where it cannot be told."""
     try:
         return Recipe.model_validate(yaml.safe_load((folder / CONFIG).read_text())).identity(stage)
