@@ -58,8 +58,8 @@ class Job:
 
     @property
     def exactness(self) -> ThresholdsConfig:
-        """What floats in `dtype` are held to."""
-        return gate.EXACT if self.dtype.itemsize >= self.stored.itemsize else gate.NARROWER
+        """What floats in `dtype` are held to. Of two bytes the one dtype does not hold the other's numbers."""
+        return gate.EXACT if torch.promote_types(self.dtype, self.stored) == self.dtype else gate.NARROWER
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,10 +78,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Format:
-    """`check` raises BadInputError before anything is written; `opened` yields one client after another, one in memory at a time; `written`
-    the weights that the files hold, by what `opened` calls them."""
+    """`holds` raises BadInputError for a shape that the format does not know, `check` for whatever else stands in its way, both before
+    anything is written; `opened` yields one client after another, one in memory at a time; `written` the weights that the files hold, by
+    what `opened` calls them."""
 
     needs: tuple[str, ...]
+    holds: Callable[[ModelConfig], object]
     check: Callable[[Job], object]
     write: Callable[[Job, Path], None]
     opened: Callable[[Job, Path], Iterator[Opened]]
@@ -89,15 +91,17 @@ class Format:
 
 
 def chosen(job: Job) -> list[ExportFormat]:
-    """The recipe's formats, each of them possible. Raises BadInputError with all that stands in the way."""
-    if job.config.formats is None:
-        integers = _format_of(job.quantized.scheme) if job.quantized is not None else "hf-int8"
-        defaults: tuple[ExportFormat, ...] = ("hf", integers, "onnx")
-        return [name for name in defaults if not _problems(name, job, by_default=True)]
-    problems = [problem for name in job.config.formats for problem in _problems(name, job)]
+    """The recipe's formats, each of them possible; by default those that can hold the model's shape. Raises BadInputError with all that
+    stands in the way."""
+    formats = job.config.formats or tuple(name for name in _defaults(job) if not _misfits(name, job.model))
+    problems = [problem for name in formats for problem in _problems(name, job)]
     if problems:
         raise BadInputError(list(dict.fromkeys(problems)))
-    return list(dict.fromkeys(job.config.formats))
+    return list(dict.fromkeys(formats))
+
+
+def _defaults(job: Job) -> tuple[ExportFormat, ...]:
+    return ("hf", _format_of(job.quantized.scheme) if job.quantized is not None else "hf-int8", "onnx")
 
 
 def _format_of(scheme: Scheme) -> ExportFormat:
@@ -107,13 +111,20 @@ def _format_of(scheme: Scheme) -> ExportFormat:
     return formats[scheme.activations]
 
 
-def _problems(name: ExportFormat, job: Job, by_default: bool = False) -> list[str]:
+def _misfits(name: ExportFormat, model: ModelConfig) -> list[str]:
+    try:
+        FORMATS[name].holds(model)
+    except BadInputError as error:
+        return [f"export to {name}: {problem}" for problem in error.problems]
+    return []
+
+
+def _problems(name: ExportFormat, job: Job) -> list[str]:
     missing = [library for library in FORMATS[name].needs if find_spec(library) is None]
     if missing:
-        sentence = f"export to {name} needs {' and '.join(missing)}: install them with pip install 'largeformer[export]'"
-        if by_default:
-            raise BadInputError(sentence)
-        return [sentence]
+        return [f"export to {name} needs {' and '.join(missing)}: install them with pip install 'largeformer[export]'"]
+    if misfits := _misfits(name, job.model):
+        return misfits
     try:
         FORMATS[name].check(job)
     except BadInputError as error:
@@ -137,15 +148,19 @@ def _written_hf(job: Job, folder: Path) -> Iterator[tuple[str, Readable]]:
     yield "model", hugging_face_weights(folder, job.model)
 
 
+def _has_linear_layers(model: ModelConfig) -> None:
+    """Raises BadInputError where Hugging Face has the model in other layers."""
+    if architecture(model).style != "llama":
+        raise BadInputError(
+            "a Hugging Face GPT-2 has Conv1D layers, which compressed-tensors does not know; onnx holds it in integers: leave this one "
+            "out of export.formats"
+        )
+
+
 def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsConfig) -> Format:
     """A Hugging Face folder whose linear layers are integers."""
 
     def encoder(job: Job) -> Compressed:
-        if architecture(job.model).style != "llama":
-            raise BadInputError(
-                "a Hugging Face GPT-2 has Conv1D layers, which compressed-tensors does not know; onnx holds it in integers: leave this one "
-                "out of export.formats"
-            )
         theirs = shapes(rows(job.model, "llama"), job.model, job.vocab_size)
         return Compressed(_quantization(scheme(job.config), job), job.dtype, theirs)
 
@@ -157,7 +172,7 @@ def _integers(scheme: Callable[[ExportConfig], Scheme], thresholds: ThresholdsCo
         about = {"integer_layers": len(encoder(job).modules), "float_layers": encoder(job).ignored}
         yield Opened("model", TransformersClient(folder), thresholds, about)
 
-    return Format(("transformers", "compressed_tensors"), encoder, write, opened, _written_hf)
+    return Format(("transformers", "compressed_tensors"), _has_linear_layers, encoder, write, opened, _written_hf)
 
 
 def _quantization(scheme: Scheme, job: Job) -> Quantization:
@@ -173,6 +188,17 @@ def _onnx_keep_float(job: Job) -> tuple[str, ...]:
     """Those that the recipe names, and those that a stage `quantize` left out of 8-bit products."""
     left_out = job.quantized.ignore if job.quantized is not None and job.quantized.scheme.activations else ()
     return tuple(dict.fromkeys([*job.config.onnx_keep_float, *left_out]))
+
+
+def _check_onnx(job: Job) -> None:
+    """Raises BadInputError for a layer that the model does not have. The twin that is written names every shape's as a Llama's."""
+    weights = shapes(rows(job.model, "llama"), job.model, job.vocab_size)
+    layers = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
+    unknown = [name for name in job.config.onnx_keep_float if name not in (*layers, "lm_head")]
+    if unknown:
+        raise BadInputError(
+            f"export.onnx_keep_float names {', '.join(unknown)}; this model's linear layers are named as {', '.join(layers[:3])}, lm_head"
+        )
 
 
 def _write_onnx(job: Job, folder: Path) -> None:
@@ -220,11 +246,11 @@ def _written_own(job: Job, folder: Path) -> Iterator[tuple[str, Readable]]:
 
 
 FORMATS: dict[ExportFormat, Format] = {
-    "hf": Format(("transformers",), lambda job: architecture(job.model), _write_hf, _open_hf, _written_hf),
+    "hf": Format(("transformers",), architecture, lambda job: None, _write_hf, _open_hf, _written_hf),
     "hf-int8": _integers(lambda config: Scheme(bits=8, activations="token", symmetric=config.symmetric), gate.INT8),
     "hf-int8-static": _integers(lambda config: Scheme(bits=8, activations="tensor", symmetric=config.symmetric), gate.INT8),
     "hf-w8a16": _integers(lambda config: Scheme(bits=8, symmetric=config.symmetric), gate.INT8),
     "hf-int4": _integers(lambda config: Scheme(bits=4, group_size=config.group_size, symmetric=config.symmetric), gate.INT4),
-    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda job: None, _write_onnx, _open_onnx, _written_onnx),
-    "largeformer": Format((), lambda job: None, _write_own, _open_own, _written_own),
+    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), lambda model: None, _check_onnx, _write_onnx, _open_onnx, _written_onnx),
+    "largeformer": Format((), lambda model: None, lambda job: None, _write_own, _open_own, _written_own),
 }

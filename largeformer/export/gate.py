@@ -101,7 +101,7 @@ def compare(reference: Reference, client: Client) -> Comparison:
         tokens=count,
         max_logit_difference=largest,
         mean_logit_difference=mean / count,
-        kl=max(0.0, kl / count),
+        kl=max(kl / count, 0.0),  # in this order NaN stays
         top1_agreement=agree / count,
         source_perplexity=_exp(source_loss / count),
         perplexity=_exp(loss / count),

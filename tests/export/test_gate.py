@@ -71,6 +71,7 @@ def swapped() -> torch.Tensor:
         pytest.param(LOGITS + 2e-4, gate.EXACT, "max_logit_difference", id="a shift"),
         pytest.param(swapped(), gate.INT8, "max_kl", id="two ids swapped"),
         pytest.param(torch.full_like(LOGITS, math.nan), gate.INT8, "max_perplexity_increase", id="NaN"),
+        pytest.param(torch.full_like(LOGITS, math.nan), gate.INT8, "max_kl", id="NaN, by its divergence"),
         pytest.param(torch.full_like(LOGITS, math.nan), gate.EXACT, "max_logit_difference", id="NaN, by its difference"),
         pytest.param(-LOGITS, ThresholdsConfig(min_top1_agreement=0.9), "min_top1_agreement", id="turned round"),
     ],
