@@ -3,6 +3,8 @@
 RUN/import/checkpoints/step_00000000/    the weights under our names, in their dtype, and config.yaml
 RUN/import/tokenizer.model               copied, where the folder has one
 RUN/import/config.yaml, manifest.json    a recipe of this shape, with everything else at its default
+
+All of it is made in `import.unfinished`, and gets its name at the end.
 """
 
 from __future__ import annotations
@@ -10,17 +12,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
+from largeformer.artifact import Artifact, identity_hash, library_versions, sync_folder, write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.config.source import to_yaml
 from largeformer.errors import BadInputError
-from largeformer.stages.common.claim import set_aside
+from largeformer.stages.common.claim import holds_results, set_aside
 from largeformer.stages.common.world import reporting
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from largeformer.export.streaming import StoredTensors
 
 STAGE = "import"
+_UNFINISHED = f"{STAGE}.unfinished"
 _TOKENIZERS = {"tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
@@ -47,26 +50,39 @@ class _Held:
 
 def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Artifact:
     """Import the folder `source` into the run folder `output`. `overrides` change the recipe that is made (not the model's shape, but for
-    `model.seq_length` where positions are rotated). Raises BadInputError with everything that our model cannot hold."""
+    `model.seq_length` where positions are rotated). Raises BadInputError with everything that our model cannot hold; what was imported
+    before is then where it was."""
     from largeformer.export.own import is_own
 
     held = _held_by_us(source) if is_own(source) else _held_by_hugging_face(source)
-    folder = output / STAGE
-    if folder.exists() and any(folder.iterdir()):
-        if not fresh:
-            raise BadInputError(f"{folder} is not empty: choose another --output, or pass --fresh to set it aside")
-        set_aside(folder)
+    folder, made = output / STAGE, output / _UNFINISHED
+    if holds_results(folder) and not fresh:
+        raise BadInputError(f"{folder} is not empty: choose another --output, or pass --fresh to set it aside")
     weights = _open(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(held, weights, source, folder, output, overrides)
-    with reporting(recipe, STAGE):
-        parameters, checksums = _write_checkpoint(held.state(weights), recipe, folder)
-        metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, folder)}
-        identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums})
-        print(f"imported {parameters:,} parameters into {folder}", flush=True)
-        if recipe.tokenizer.model is None:
-            print(f"{source} has no tokenizer that we read ({' or '.join(_TOKENIZERS)}): give one as tokenizer.model of the recipe")
-        return Artifact(STAGE, folder, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    try:
+        recipe = _recipe(held, weights, source, folder, made, overrides)
+        with reporting(recipe, STAGE):
+            return _import(held, weights, recipe, source, folder, made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _import(held: _Held, weights: StoredTensors, recipe: Recipe, source: Path, folder: Path, made: Path) -> Artifact:
+    """Write everything in `made`, and give it the name `folder`; what is there is set aside."""
+    parameters, checksums = _write_checkpoint(held.state(weights), recipe, made)
+    metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, made)}
+    identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums})
+    artifact = Artifact(STAGE, made, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
+    if folder.exists() and any(folder.iterdir()):
+        set_aside(folder)
+    made.rename(folder)
+    sync_folder(folder.parent)
+    print(f"imported {parameters:,} parameters into {folder}", flush=True)
+    if recipe.tokenizer.model is None:
+        print(f"{source} has no tokenizer that we read ({' or '.join(_TOKENIZERS)}): give one as tokenizer.model of the recipe")
+    return replace(artifact, path=folder)
 
 
 def _held_by_us(source: Path) -> _Held:
@@ -113,29 +129,28 @@ def _open(source: Path) -> StoredTensors:
     return StoredTensors.of_folder(source)
 
 
-def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, output: Path, overrides: Sequence[str]) -> Recipe:
-    """A recipe of the imported shape; written to `folder`, where its tokenizer lies too."""
+def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, made: Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
     model, name = held.model, _tokenizer_name(source)
     tokenizer = dict(held.tokens) if name is None else _tokenizer_section(source, name, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     tree = {
-        "run": {"name": output.name, "output_dir": str(output)},
+        "run": {"name": folder.parent.name, "output_dir": str(folder.parent)},
         "model": model.model_dump(mode="json"),
         "tokenizer": tokenizer,
         "train": {"precision": precision, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 1000},
         "optimizer": {"lr": 1.0e-5},
         "checkpoint": {"load": str(folder)},
     }
-    draft = folder / "config.yaml"
+    draft = made / "config.yaml"
     write_atomically(draft, to_yaml(tree).encode())
     recipe = load_recipe(str(draft), list(overrides), with_deepspeed=False)
     same = recipe.model.model_copy(update={"seq_length": model.seq_length, "attention_backend": model.attention_backend})
     if same != model or (recipe.model.seq_length != model.seq_length and model.position_embedding == "learned"):
-        draft.unlink()
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
     if name is not None:
         recipe = recipe.model_copy(update={"tokenizer": _with_unused_ids(source / name, recipe.tokenizer)})
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(source / name, made / name)
     write_atomically(draft, recipe_yaml(recipe).encode())
     return recipe
 

@@ -254,6 +254,24 @@ def test_an_import_is_what_its_weights_and_tokenizer_are(run: Path, tmp_path: Pa
     assert [manifest["metrics"]["tokenizer_sha256"] for manifest in manifests] == 3 * [prepared["tokenizer_sha256"]]
 
 
+def test_an_import_that_is_refused_leaves_everything_as_it_was(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bad source, or a recipe that does not go, must cost neither the import that is there nor the next attempt."""
+    source, imported = str(run / "export" / "hf"), tmp_path / "imported"
+    assert cli.main(["import", "--from", source, "-o", str(imported), "model.hidden_size=128"]) == 2
+    assert not (imported / "import").exists() and not (imported / "import.unfinished").exists()
+    assert cli.main(["import", "--from", source, "-o", str(imported)]) == 0
+    before = (imported / "import" / "manifest.json").read_bytes()
+    bad = tmp_path / "bad"
+    shutil.copytree(run / "export" / "hf", bad)
+    break_config(bad, num_hidden_layers=9)
+    for arguments in (["--from", source], ["--from", str(bad), "--fresh"], ["--from", source, "--fresh", "model.hidden_size=128"]):
+        assert cli.main(["import", *arguments, "-o", str(imported)]) == 2
+    assert (imported / "import" / "manifest.json").read_bytes() == before
+    assert [path.name for path in imported.iterdir() if path.is_dir()] == ["import"]
+    assert cli.main(["import", "--from", source, "-o", str(imported), "--fresh"]) == 0
+    assert (imported / "import.old-1" / "manifest.json").read_bytes() == before
+
+
 def reshape(folder: Path, old: str, new: str) -> None:
     text = (folder / "config.yaml").read_text()
     assert old in text
