@@ -8,6 +8,7 @@ README.md                                                       (`export/card.py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
 from largeformer.export.streaming import PART_BYTES, Entry, ShardedWriter, StoredTensors
 from largeformer.models.hf_config import architecture, hugging_face_config
-from largeformer.models.hf_mapping import rows, shapes
+from largeformer.models.hf_mapping import Row, rows, shapes
 
 
 class Encoder(Protocol):
@@ -66,22 +67,25 @@ def write_weights(source: StoredTensors, model: ModelConfig, vocab_size: int, en
     entries = [entry for name, shape in theirs.items() for entry in encoder.entries(name, tuple(shape))]
     with ShardedWriter(folder, entries, max_shard_bytes) as writer:
         for row in table:
-            tensor = source.read(row.ours)
             expected = sum(_elements(theirs[name]) for name in row.theirs)
-            if tensor.numel() != expected:
-                raise BadInputError(f"{source.folder} holds {row.ours} of shape {list(tensor.shape)}, which is not this model's")
-            written = dict.fromkeys(row.theirs, 0)
-            for parts in row.form.cut_in_parts(tensor, model, PART_BYTES // tensor.element_size()):
-                for name, part in zip(row.theirs, parts, strict=True):
-                    for stored, rows_of_it in encoder.encode(name, part, written[name]).items():
-                        writer.append(stored, rows_of_it)
-                    written[name] += part.shape[0]
-            del tensor
+            if math.prod(source.shape(row.ours)) != expected:
+                raise BadInputError(f"{source.folder} holds {row.ours} of shape {list(source.shape(row.ours))}, which is not this model's")
+            _write_in_parts(source.read(row.ours), row, model, encoder, writer)
     return writer.total_bytes
 
 
+def _write_in_parts(tensor: torch.Tensor, row: Row, model: ModelConfig, encoder: Encoder, writer: ShardedWriter) -> None:
+    """A function of its own: the last part would keep the tensor in memory while the next is read."""
+    written = dict.fromkeys(row.theirs, 0)
+    for parts in row.form.cut_in_parts(tensor, model, PART_BYTES // tensor.element_size()):
+        for name, part in zip(row.theirs, parts, strict=True):
+            for stored, rows_of_it in encoder.encode(name, part, written[name]).items():
+                writer.append(stored, rows_of_it)
+            written[name] += part.shape[0]
+
+
 def _elements(shape: list[int]) -> int:
-    return torch.Size(shape).numel()
+    return math.prod(shape)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.export.huggingface import finite
 from largeformer.export.onnx import plain_twin
-from largeformer.export.streaming import Entry, ShardedWriter, StoredTensors
-from largeformer.models.hf_mapping import rows, shapes
+from largeformer.export.streaming import PART_BYTES, Entry, ShardedWriter, StoredTensors
+from largeformer.models.hf_mapping import SAME, rows, shapes
 
 CONFIG = "config.yaml"
 
@@ -36,10 +36,16 @@ def write_own(
     entries = [Entry(name, dtype or source.dtype(name), source.shape(name)) for name in names]
     with ShardedWriter(folder, entries, max_bytes) as writer:
         for entry in entries:
-            writer.append(entry.name, finite(entry.name, source.read(entry.name).to(entry.dtype)))
+            _write_in_parts(source.read(entry.name), model, entry, writer)
     write_atomically(folder / CONFIG, recipe.encode())
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / tokenizer.name)
+
+
+def _write_in_parts(tensor: torch.Tensor, model: ModelConfig, entry: Entry, writer: ShardedWriter) -> None:
+    """A function of its own: the last part would keep the tensor in memory while the next is read."""
+    for (part,) in SAME.cut_in_parts(tensor, model, PART_BYTES // tensor.element_size()):
+        writer.append(entry.name, finite(entry.name, part.to(entry.dtype)))
 
 
 def is_own(folder: Path) -> bool:
