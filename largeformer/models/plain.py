@@ -158,9 +158,14 @@ def norm(model: ModelConfig) -> nn.Module:
 
 def rotary_tables(seq_length: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32[s, d], of rotary positions (Su et al. 2021, arXiv:2104.09864), halves paired as in Llama."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), frequencies).repeat(1, 2)
+    angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), rotary_frequencies(head_dim, base)).repeat(1, 2)
     return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(head_dim: int, base: float) -> torch.Tensor:
+    """Radians for each position, float32[d / 2], by the expression of Megatron-core and transformers: a far position multiplies what the
+    last bits differ in."""
+    return 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))  # type: ignore[no-any-return]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

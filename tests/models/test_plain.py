@@ -11,7 +11,7 @@ import torch
 from largeformer.config.schema import Recipe
 from largeformer.models.flops import parameter_count
 from largeformer.models.hf_mapping import to_hugging_face
-from largeformer.models.plain import PlainGPT
+from largeformer.models.plain import PlainGPT, rotary_frequencies, rotary_tables
 from tests.models.test_hf_parity import perturb
 from tests.one_process import Built, random_batch, relative_difference
 from tests.recipes import GPT2, LLAMA, tiny_recipe
@@ -71,3 +71,19 @@ def test_dropout_is_of_training_alone() -> None:
     assert not torch.equal(plain(tokens), plain(tokens))
     plain.eval()
     assert torch.equal(plain(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000.0, 1000000.0])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
+def test_positions_are_rotated_by_the_very_numbers_of_both_libraries(head_dim: int, base: float) -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    ours = rotary_frequencies(head_dim, base)
+    megatron = RotaryEmbedding(head_dim, rotary_percent=1.0, rotary_base=base, use_cpu_initialization=True)  # type: ignore[arg-type]
+    assert torch.equal(ours, megatron.inv_freq)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_theta=base)
+    assert torch.equal(ours, transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq)
+    cos, sin = rotary_tables(64, head_dim, base)
+    angles = torch.arange(64.0)[:, None] * ours
+    torch.testing.assert_close((cos, sin), (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)), rtol=0, atol=0)
