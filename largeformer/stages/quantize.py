@@ -22,6 +22,7 @@ from largeformer.artifact import Artifact, identity_hash, library_versions, writ
 from largeformer.config.chain import StageEntry, at_stage, entry_named
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.calibrating import check_calibration
@@ -53,8 +54,8 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     flat = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
         given = input_of(recipe, entry, source)
-        done, _ = _look(given, world, fresh)
-        if done is not None:
+        done, complete = _look(given, world, fresh)
+        if complete:
             return done
         made = _finish(given, world, _unfinished(given), None)
         if world.info.is_main:
@@ -83,13 +84,12 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
 
 def _look(given: Input, world: World, fresh: bool) -> tuple[Artifact | None, bool]:
     """The artifact that is there, and whether it is complete, or only its training. Raises BadInputError for what cannot be. Collective."""
-    from largeformer.compression.quantization.description import is_described
     from largeformer.stages.quantize_checks import check
 
     def look() -> tuple[Artifact | None, bool]:
         check(given.recipe)
         done = finished(given, given.origin(), fresh=fresh)
-        if done is not None and is_described(given.folder):
+        if done is not None and _is_described(given):
             return done, True
         flat = _flat(given, world).recipe
         check_calibration(flat, given.source, flat.quantize.calibration, flat.layout(world.info.world_size).data)
@@ -97,6 +97,17 @@ def _look(given: Input, world: World, fresh: bool) -> tuple[Artifact | None, boo
         return done, False
 
     return world.from_main(look)
+
+
+def _is_described(given: Input) -> bool:
+    """Whether the scales of the finished stage are there as they were written; what training had left is found again without it."""
+    from largeformer.compression.quantization.description import read_description
+
+    try:
+        return read_description(_newest(given)) is not None
+    except BadInputError as damage:
+        print(f"{damage}: the scales are found anew", flush=True)
+        return False
 
 
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:

@@ -83,6 +83,22 @@ def test_round_to_nearest_is_what_export_writes_by_itself(copy: Path, tmp_path: 
     assert calibrated.keys() == alone.keys() and all(torch.equal(calibrated[name], alone[name]) for name in alone)
 
 
+@pytest.mark.parametrize("lost", ["quantization.safetensors", "quantization.json"])
+def test_a_stage_without_its_scales_is_no_finished_one(copy: Path, lost: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """So is one that was trained with rounding, and stopped before its scales were found."""
+    settings = ["parallel.pipeline_model_parallel_size=1", "quantize.evaluation_tokens=256"]
+    assert quantize(copy, *settings) == 0
+    before = description(copy)
+    (copy / "quantize" / lost).unlink()
+    assert cli.main(["export", "--from", str(copy / "quantize"), "export.formats=[hf]"]) == 2
+    assert "quantize" in capfd.readouterr().err and not (copy / "export").exists()
+    assert quantize(copy, *settings) == 0
+    assert "the scales are found anew" in capfd.readouterr().out
+    after = description(copy)
+    assert after.given.keys() == before.given.keys()
+    assert all(torch.equal(after.given[name].scale, before.given[name].scale) for name in before.given)
+
+
 @pytest.mark.slow
 def test_static_scales_reach_the_client_and_fused_layers_share_theirs(copy: Path) -> None:
     assert quantize(copy, "quantize.scheme=w8a8_static", "quantize.observer=percentile", "quantize.smoothquant={alpha: 0.5}") == 0

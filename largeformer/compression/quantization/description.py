@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from largeformer.artifact import write_atomically
+from largeformer.artifact import Artifact, write_atomically
 from largeformer.compression.pruning.sparsity import Readable, View, linear_weights
 from largeformer.compression.quantization.schemes import Given, Scheme, rounded
 from largeformer.config.schema import ModelConfig
@@ -82,15 +82,16 @@ def check_scales(given: Mapping[str, Given]) -> None:
             )
 
 
-def is_described(folder: Path) -> bool:
-    return (folder / JSON).exists()
-
-
 def read_description(checkpoint: Path) -> Description | None:
     """What the checkpoint's stage says of it; None where it says nothing, or speaks of another checkpoint. Raises BadInputError where the
-    files are damaged."""
+    files are damaged, or lost: a stage `quantize` whose training has ended has a manifest, and until its scales are found no more."""
     folder = checkpoint.parent.parent
-    if not is_described(folder):
+    if not (folder / JSON).exists():
+        made_by = Artifact.read(folder)
+        if made_by is not None and made_by.kind == "quantize":
+            raise BadInputError(
+                f"{folder} holds no {JSON}, so that its scales were lost or not found yet: run quantize again, which finds them"
+            )
         return None
     try:
         about = json.loads((folder / JSON).read_text())
