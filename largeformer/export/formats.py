@@ -190,6 +190,14 @@ def _onnx_keep_float(job: Job) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*job.config.onnx_keep_float, *left_out]))
 
 
+def _onnx_scales(job: Job) -> dict[str, torch.Tensor]:
+    """Those of a stage `quantize` whose integers ONNX holds as well: of eight bits, without zero points or groups."""
+    found = job.quantized
+    if found is None or found.scheme.bits != 8 or not found.scheme.symmetric or found.scheme.group_size is not None:
+        return {}
+    return {module: given.scale for module, given in found.given.items()}
+
+
 def _check_onnx(job: Job) -> None:
     """Raises BadInputError for a layer that the model does not have. The twin that is written names every shape's as a Llama's."""
     weights = shapes(rows(job.model, "llama"), job.model, job.vocab_size)
@@ -207,8 +215,8 @@ def _write_onnx(job: Job, folder: Path) -> None:
     plain = onnx.plain_twin(job.source, job.model, job.vocab_size)
     file = onnx.write_float(plain, job.model, folder)
     del plain
-    reduce = job.config.reduce_range
-    onnx.write_int8(file, _onnx_keep_float(job), reduce if reduce is not None else not onnx.has_vnni())
+    reduce = job.config.reduce_range if job.config.reduce_range is not None else not onnx.has_vnni()
+    onnx.write_int8(file, _onnx_keep_float(job), reduce, {} if reduce else _onnx_scales(job))
 
 
 def _open_onnx(job: Job, folder: Path) -> Iterator[Opened]:

@@ -13,7 +13,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,13 @@ def write_float(plain: PlainGPT, model: ModelConfig, folder: Path) -> Path:
     return folder / FLOAT
 
 
-def write_int8(float_file: Path, keep_float: Sequence[str], reduce_range: bool) -> Path:
+def write_int8(float_file: Path, keep_float: Sequence[str], reduce_range: bool, scales: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write `model_int8.onnx` beside the float file. `keep_float`: linear layers whose product stays float, by module name.
 
-    reduce_range: weights of seven bits, for CPUs whose 8-bit products saturate in 16 bits (no VNNI).
+    reduce_range: weights of seven bits, for CPUs whose 8-bit products saturate in 16 bits (no VNNI). scales: [o, 1] of modules whose
+    integers of eight bits are to be these; of others they follow from the weights' extremes.
     """
+    assert not (scales and reduce_range), "scales of eight bits do not go with seven"
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -105,6 +107,7 @@ def write_int8(float_file: Path, keep_float: Sequence[str], reduce_range: bool) 
             use_external_data_format=external,
         )
         made = onnx.load(str(between))
+        _take_scales(made.graph, source.graph, {products[name]: name for name in products if name not in excluded}, scales or {})
         _quantize_embedding(made.graph)
         onnx.save(made, str(file), save_as_external_data=external, location=f"{INT8}.data")
     return file
@@ -193,6 +196,24 @@ def _own_matrix(graph: Any, excluded: Sequence[str]) -> None:
             graph.initializer.append(numpy_helper.from_array(matrix, name))
             node.input[1] = name
             graph.node.remove(transpose)
+
+
+def _take_scales(made: Any, floats: Any, nodes: Mapping[str, str], scales: Mapping[str, torch.Tensor]) -> None:
+    """Replace the integers and scales of modules in the graph `made`: the quantizer divides by 127 what GPTQ has put on a grid of 127.5,
+    and would round it once more. nodes: module -> node of its product."""
+    from onnx import numpy_helper
+
+    matrices = {node.name: node.input[1] for node in floats.node if node.op_type == "MatMul"}
+    weights, held = ({initializer.name: initializer for initializer in graph.initializer} for graph in (floats, made))
+    for module, scale in scales.items():
+        if module in nodes:
+            matrix = matrices[nodes[module]]
+            assert not numpy_helper.to_array(held[f"{matrix}_zero_point"]).any(), "weights are symmetric"
+            row = scale.float().numpy().reshape(1, -1)
+            integers = np.rint(np.clip(numpy_helper.to_array(weights[matrix]) / row, -128, 127)).astype(np.int8)
+            for name, array in ((f"{matrix}_quantized", integers), (f"{matrix}_scale", row[0])):
+                assert list(held[name].dims) == list(array.shape), f"{name} is {list(held[name].dims)}"
+                held[name].CopyFrom(numpy_helper.from_array(array, name))
 
 
 def _quantize_embedding(graph: Any) -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from largeformer.compression.quantization.schemes import Given, Scheme
 from largeformer.errors import BadInputError
 from largeformer.export import onnx
 from largeformer.export.clients import OnnxClient
+from largeformer.export.compressed_tensors import Compressed, Quantization
 from largeformer.export.streaming import StoredTensors
 from largeformer.export.twin import CachedGPT
-from largeformer.models.hf_mapping import from_hugging_face
+from largeformer.models.hf_mapping import from_hugging_face, rows, shapes
 from largeformer.models.plain import PlainGPT
 from tests.recipes import GPT2, LLAMA, tiny_recipe
 
@@ -69,8 +71,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlainGPT, Any, Path
 def test_logits_cache_and_batches(llama: tuple[PlainGPT, Any, Path]) -> None:
     plain, _, file = llama
     client = OnnxClient(file, threads=1)
-    for rows, length in ((1, 1), (1, 32), (4, 7)):
-        tokens = tokens_of(rows, length)
+    for count, length in ((1, 1), (1, 32), (4, 7)):
+        tokens = tokens_of(count, length)
         logits, _ = client.advance(tokens.numpy())
         np.testing.assert_allclose(logits, plain(tokens).numpy(), rtol=0, atol=1e-4)
     tokens = tokens_of(2, 20)
@@ -116,6 +118,35 @@ def test_a_layer_that_stays_float_is_seen(llama: tuple[PlainGPT, Any, Path], tmp
     assert onnx.count_products(integers) == {"integer": 13, "float": 2}
     with pytest.raises(BadInputError, match=r"onnx_keep_float names model\.layers\.7\.mlp\.up_proj; layers are named as model\.layers\.0"):
         onnx.write_int8(file, ("model.layers.7.mlp.up_proj",), reduce_range=True)
+
+
+def test_integers_that_a_stage_has_found_are_those_of_hugging_faces_folder(llama: tuple[PlainGPT, Any, Path], tmp_path: Path) -> None:
+    """Of all but one layer: that one's follow from its extremes, as the quantizer takes them."""
+    pytest.importorskip("compressed_tensors")
+    from onnx import load, numpy_helper
+
+    plain, model, float_file = llama
+    file = tmp_path / onnx.FLOAT
+    file.write_bytes(float_file.read_bytes())
+    floats, other = plain.state_dict(), "model.layers.1.mlp.down_proj"
+    theirs = shapes(rows(model, "llama"), model, 250)
+    modules = [name.removesuffix(".weight") for name in theirs if name.endswith("_proj.weight") and name != f"{other}.weight"]
+    given = {module: Given(0.9 * floats[f"{module}.weight"].abs().amax(1, keepdim=True) / 127.5) for module in modules}
+    encoder = Compressed(Quantization(Scheme(bits=8, activations="token"), given=given), torch.float32, theirs)
+    made = onnx.write_int8(file, ("model.layers.0.mlp.up_proj",), False, {name: one.scale for name, one in given.items()})
+    held = {initializer.name: numpy_helper.to_array(initializer) for initializer in load(str(made)).graph.initializer}
+    for module, matrix in onnx.linear_matrices(file).items():
+        if module == "model.layers.0.mlp.up_proj":
+            assert f"{matrix}_quantized" not in held
+            continue
+        weight = floats[f"{module}.weight"]
+        if module in given:
+            expected = encoder.encode(f"{module}.weight", weight, 0)
+            assert np.array_equal(held[f"{matrix}_quantized"].T, expected[f"{module}.weight"].numpy()), module
+            assert np.array_equal(held[f"{matrix}_scale"], expected[f"{module}.weight_scale"][:, 0].numpy()), module
+        else:
+            np.testing.assert_allclose(held[f"{matrix}_scale"], weight.abs().amax(1).numpy() / 127, rtol=1e-6)
+    OnnxClient(made, threads=1).logits(tokens_of(1, 5))
 
 
 @pytest.mark.slow

@@ -138,6 +138,26 @@ def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
 
 
 @pytest.mark.slow
+def test_onnx_holds_the_integers_that_gptq_has_found(copy: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from onnx import load, numpy_helper
+
+    from largeformer.export.onnx import linear_matrices
+
+    assert quantize(copy, "quantize.method=gptq", "quantize.evaluation_tokens=256") == 0
+    # CPUs without VNNI saturate in eight bits: only the integers are compared here.
+    arguments = ["export.formats=[hf-int8, onnx]", "export.reduce_range=false", "export.thresholds={max_kl: 9, max_perplexity_increase: 9}"]
+    assert cli.main(["export", "--from", str(copy / "quantize"), *arguments, "export.thresholds.max_logit_difference=9"]) == 0
+    theirs, folder = load_file(copy / "export" / "hf-int8" / "model.safetensors"), copy / "export" / "onnx"
+    held = {one.name: numpy_helper.to_array(one) for one in load(str(folder / "model_int8.onnx")).graph.initializer}
+    matrices = linear_matrices(folder / "model.onnx")
+    for module in description(copy).given:
+        integers, scale = held[f"{matrices[module]}_quantized"], held[f"{matrices[module]}_scale"]
+        assert torch.equal(torch.tensor(integers.T), theirs[f"{module}.weight"]), module
+        assert torch.equal(torch.tensor(scale), theirs[f"{module}.weight_scale"][:, 0]), module
+
+
+@pytest.mark.slow
 def test_layers_beyond_the_threshold_stay_floats_everywhere(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     assert quantize(copy) == 0
