@@ -7,6 +7,7 @@ from pathlib import Path
 
 from largeformer.artifact import Artifact, identity_hash
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
@@ -41,14 +42,22 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
 
 
 def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> TrainingJob:
-    """The job as it goes on from `source`; zeros of a pruned model stay. Collective. Raises BadInputError where there is no checkpoint."""
+    """The job as it goes on from `source`; zeros of a pruned model stay. Collective. Raises BadInputError where there is no checkpoint, or
+    nothing left to train."""
     from largeformer.checkpoint.commit import committed
     from largeformer.checkpoint.verify import find
+    from largeformer.training.checkpointing import read_state
     from largeformer.training.masks import hold_zeros
 
     begun = world.from_main(lambda: bool(committed(job.folder / "checkpoints")))  # then its weights are not read again
     found = find(source, recipe.checkpoint.verify == "sha256" and not begun)
     job, start = replace(job, continues=found), found.checkpoint
+    step = world.from_main(lambda: read_state(start)["progress"]["step"])
+    if not begun and step >= recipe.train.train_iters:
+        raise BadInputError(
+            f"checkpoint.load {start} is of step {step}, and train.train_iters is {recipe.train.train_iters}, which counts from 0: set it "
+            "to more"
+        )
     if not world.from_main(lambda: is_sparse(start)):
         return job
     return replace(

@@ -45,6 +45,11 @@ class EarlyStopping:
             self._best, self._bad_validations = value, 0
         else:
             self._bad_validations += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training should stop, or should have."""
         return self._enabled and self._bad_validations >= self._config.patience
 
     def _improves(self, value: float) -> bool:

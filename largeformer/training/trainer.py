@@ -77,7 +77,7 @@ def fit(run: Training) -> Outcome:
     """Train until `train_iters`, early stopping, a requested exit or a guard's objection; validate, save and report on the way."""
     watch, guards = _StopWatch(run), run.guards
     started_at, last = run.progress.step, min(run.train.train_iters, run.train.exit_iteration or run.train.train_iters)
-    outcome: Outcome | None = guards.interruption(minutes=0.0)
+    outcome: Outcome | None = "stopped early" if run.early_stopping.exhausted else guards.interruption(minutes=0.0)
     while outcome is None and run.progress.step < last:
         lr, begin = run.schedule.at(run.progress.next_optimizer_step), run.data.consumed_samples
         with guards.step(run.progress.step + 1, first=run.progress.step == started_at):

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from largeformer.training.signals import StopRequested
 
 if TYPE_CHECKING:
     from largeformer.tracking.tracker import Tracker
+    from largeformer.training.checkpointing import Progress
     from largeformer.training.guards import Guards
     from largeformer.training.rewind import Rewind
 
@@ -57,8 +59,9 @@ def stop(guards: Guards, tracker: Tracker, step: int) -> StopRequested:
     return StopRequested(f"stopped by {guards.stop.reason} at step {step}, saved")
 
 
-def rewind(world: World, folder: Path, guards: Guards, most_samples: int) -> None:
-    """Write down that the samples between the newest checkpoint and the spike are left out. Collective."""
+def rewind(world: World, folder: Path, guards: Guards, began_at: Progress, most_samples: int) -> None:
+    """Write down that the samples between the newest checkpoint, or the beginning where there is none, and the spike are left out.
+    Collective."""
     from largeformer.checkpoint.commit import newest
     from largeformer.training.anomalies import RunStopped
     from largeformer.training.checkpointing import read_state
@@ -69,7 +72,7 @@ def rewind(world: World, folder: Path, guards: Guards, most_samples: int) -> Non
 
     def note() -> Rewind:
         checkpoint = newest(folder / "checkpoints")
-        progress = read_state(checkpoint)["progress"] if checkpoint else {"step": 0, "samples": 0}
+        progress = read_state(checkpoint)["progress"] if checkpoint else asdict(began_at)
         made = Rewind(progress["step"], spike.step, progress["samples"], spike.end, spike.loss, spike.z_score)
         if made.end - made.first <= most_samples:
             write_rewinds(folder, [*read_rewinds(folder), made])

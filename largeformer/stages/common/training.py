@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact, library_versions
 from largeformer.config.load import recipe_yaml
@@ -75,25 +75,33 @@ def train(recipe: Recipe, world: World, job: TrainingJob, cut_short: str | None)
     """Train to the end; None where `exit_iteration` came before it. Raises StopRequested where a signal or the clock did. `cut_short`: how
     the process before this one ended, which its record may not hold (`interruptions.cut_short`)."""
     ended = _attempt(recipe, world, job, cut_short=cut_short)
-    while ended == "rewind":
-        ended = _attempt(recipe, world, job, rewound=True)
+    while isinstance(ended, _Rewound):
+        ended = _attempt(recipe, world, job, before=ended)
     return ended
 
 
+@dataclass(frozen=True)
+class _Rewound:
+    """An attempt after which all is built anew, from an earlier checkpoint."""
+
+    wandb_run_id: str | None
+
+
 def _attempt(
-    recipe: Recipe, world: World, job: TrainingJob, *, cut_short: str | None = None, rewound: bool = False
-) -> Artifact | Literal["rewind"] | None:
-    """Train from the newest checkpoint to the end, or to where all is to be built anew from an earlier one. `cut_short`, `rewound`: how the
+    recipe: Recipe, world: World, job: TrainingJob, *, cut_short: str | None = None, before: _Rewound | None = None
+) -> Artifact | _Rewound | None:
+    """Train from the newest checkpoint to the end, or to where all is to be built anew from an earlier one. `cut_short`, `before`: how the
     attempt before this one ended, which its record may not hold any more."""
     from largeformer.training.rewind import read_rewinds
     from largeformer.training.trainer import fit
 
-    training, tracker = _assemble(recipe, world, job)
+    training, tracker = _assemble(recipe, world, job, before.wandb_run_id if before is not None else None)
+    began_at = training.progress
     with ExitStack() as closing, training.guards.watchdog:
         closing.callback(lambda: tracker.close("failed"))
         if cut_short is not None:
             tracker.event("cut short", training.progress.step, reason=cut_short)
-        if rewound:
+        if before is not None:
             made = asdict(read_rewinds(job.folder)[-1])
             tracker.event("rewound", made.pop("step"), **made)
         outcome = fit(training)
@@ -107,13 +115,14 @@ def _attempt(
     if stop is not None:
         raise stop
     if outcome == "rewind":
-        interruptions.rewind(world, job.folder, training.guards, recipe.guards.rewind_steps * recipe.train.global_batch_size)
+        interruptions.rewind(world, job.folder, training.guards, began_at, recipe.guards.rewind_steps * recipe.train.global_batch_size)
     training.engine.close()  # the next stage needs the memory
-    return "rewind" if outcome == "rewind" else artifact
+    return _Rewound(tracker.wandb_run_id) if outcome == "rewind" else artifact
 
 
-def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training, FanOut]:
-    """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint."""
+def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str | None) -> tuple[Training, FanOut]:
+    """Everything that `fit` works with, in the order in which one part needs another. Resumes where there is a checkpoint. `wandb_run_id`:
+    of this run, where a checkpoint need not say it."""
     from largeformer.models.gpt import build_gpt
     from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, load_weights
     from largeformer.training.early_stopping import EarlyStopping
@@ -136,6 +145,9 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Training,
     job.alter(chunks, shards)
     engine = build_engine(recipe, chunks, [*shards, *further], world.groups, world.deepspeed)
     state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
+    if found is not None and found is job.continues:  # another run's: its record and its patience are its own
+        state = replace(state, wandb_run_id=None, early_stopping={})
+    state = replace(state, wandb_run_id=state.wandb_run_id or wandb_run_id)
     tracker = _tracker(recipe, world, job, state, found)
     guards = build_guards(
         recipe,
