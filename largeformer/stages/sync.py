@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from largeformer.errors import BadInputError
+
+_SILENT_S = 600.0  # a run that has written nothing for so long has been killed
 
 
 def run(folders: Sequence[Path], *, online: bool = False, again: bool = False, dry_run: bool = False) -> int:
@@ -24,17 +27,21 @@ def run(folders: Sequence[Path], *, online: bool = False, again: bool = False, d
         if not here:
             problems.append(f"{folder} holds no offline run of W&B (wandb/offline-run-...): name a run's output folder")
         found += here
-    waiting = [path for path in dict.fromkeys(found) if again or not is_sent(path)]
+    unsent = [path for path in dict.fromkeys(found) if again or not is_sent(path)]
+    waiting = [path for path in unsent if not is_being_written(path)]
     if waiting and not dry_run:
         problems += login_problems("online")
     if problems:
         raise BadInputError(problems)
-    for path in waiting:
-        print(path)
+    for path in unsent:
+        print(path if path in waiting else f"{path} is still being written (or was killed a moment ago): send it later")
     if not waiting or dry_run:
-        print(f"{len(waiting)} of {len(found)} offline runs wait to be sent" if waiting else f"nothing to send: {len(found)} sent before")
+        before = len(found) - len(unsent)
+        print(f"{len(waiting)} of {len(found)} offline runs wait to be sent" if waiting else f"nothing to send: {before} sent before")
         return 0
-    options = [*(["--include-synced"] if again else []), *(["--include-online"] if online else [])]
+    for path in waiting:
+        _note(path)
+    options = ["--include-synced", *(["--include-online"] if online else [])]
     command = [sys.executable, "-m", "wandb", "sync", *options, *(str(path.resolve()) for path in waiting)]
     # It makes a folder for its own logs where it runs.
     code = subprocess.run(command, check=False, cwd=waiting[0].parent.parent).returncode
@@ -53,5 +60,25 @@ def recorded_runs(folder: Path, online: bool = False) -> list[Path]:
 
 
 def is_sent(run_folder: Path) -> bool:
-    """W&B leaves a mark beside a file that it has sent whole."""
-    return any(run_folder.glob("*.wandb.synced"))
+    """W&B leaves a mark beside a file that it has sent. What was written after that is not sent."""
+    return any(not (file := mark.with_suffix("")).exists() or _time(mark) >= _time(file) for mark in run_folder.glob("*.wandb.synced"))
+
+
+def is_being_written(run_folder: Path) -> bool:
+    """Whether the process that writes it has not said that it was done, and wrote not long ago: W&B would take what is there for all."""
+    from largeformer.tracking.wandb_file import has_ended
+
+    fresh = any(time.time() - _time(file) < _SILENT_S for file in run_folder.glob("*.wandb"))
+    return fresh and not has_ended(run_folder)
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _note(run_folder: Path) -> None:
+    """How far the run was logged, for a process that goes on with it where this folder is gone."""
+    from largeformer.tracking.wandb_file import note, recorded
+
+    stage, run_id = run_folder.parent.parent, run_folder.name.rpartition("-")[2]
+    note(stage, run_id, *recorded(stage, run_id))

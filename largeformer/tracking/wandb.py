@@ -26,7 +26,7 @@ from largeformer.config.tracking import WandbConfig
 from largeformer.tracking.names import ALERTS, STEP, TOKENS
 from largeformer.tracking.reading import read_lines
 from largeformer.tracking.tracker import Row, Tracker, chart_values
-from largeformer.tracking.wandb_file import logged_rows
+from largeformer.tracking.wandb_file import note, recorded
 
 START_SECONDS = 30.0
 """How long the server may take to answer at the start before the run is recorded offline."""
@@ -52,7 +52,9 @@ class WandbTracker(Tracker):
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._name = config.name or run_name
-        self._recorded, line = _recorded(folder, run_id)
+        self._folder, self._id = folder, run_id
+        self._recorded, line = recorded(folder, run_id)
+        self._logged = dict(self._recorded)
         self._run = _start_or_fall_back(config, folder, self._name, record, run_id)
         self._run.define_metric(STEP)
         self._run.define_metric(TOKENS, step_metric=STEP)
@@ -71,6 +73,7 @@ class WandbTracker(Tracker):
         if step <= self._recorded.get(kind, -1):
             return  # logged by an earlier process, after the checkpoint from which this one goes on
         self._recorded.pop(kind, None)  # from here on all is new, also after going back to a checkpoint
+        self._logged[kind] = step
         self._write(step, chart_values(row))
 
     def event(self, kind: str, step: int, **fields: Any) -> None:
@@ -101,6 +104,7 @@ class WandbTracker(Tracker):
         else:
             level = "INFO" if status == "finished" else "ERROR"
             self._alert(f"{self._name}: {status}", f"At step {self._last_step}.", level)
+        note(self._folder, self._id, self._logged, self._line)
         try:
             _within(FINISH_SECONDS, lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
         except TimeoutError as error:
@@ -117,8 +121,8 @@ class WandbTracker(Tracker):
 
     def _catch_up(self, folder: Path) -> None:
         """Log the rows up to the checkpoint that no earlier process of this run got as far as writing."""
-        if "train" in self._recorded:  # online, the server may know more than the files that are here
-            self._recorded["train"] = max(self._recorded["train"], _number(self._run.summary.get(STEP)))
+        # Online, the server may know more than what is here.
+        self._recorded["train"] = max(self._recorded.get("train", -1), _number(self._run.summary.get(STEP)))
         for row in read_lines(folder / "metrics.jsonl").rows:
             self.log(row)
 
@@ -170,18 +174,6 @@ def _start(mode: str, config: WandbConfig, folder: Path, name: str, record: Mapp
         allow_val_change=True,  # a run may go on with another layout
         settings=settings,
     )
-
-
-def _recorded(folder: Path, run_id: str) -> tuple[dict[str, int], int]:
-    """The last step that earlier processes logged, of training and of validation rows; and the number of the row to come."""
-    last: dict[str, int] = {}
-    line = 0
-    for row in logged_rows(folder, run_id):
-        line = max(line, row["_step"] + 1)
-        for kind, chart in (("train", "train/lr"), ("val", "val/loss")):
-            if chart in row:
-                last[kind] = int(row.get(STEP, 0))
-    return last, line
 
 
 def _kind(row: Row) -> str:

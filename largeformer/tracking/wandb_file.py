@@ -1,4 +1,5 @@
-"""What earlier processes of a run left in its `.wandb` files, which W&B 0.31 writes but brings no reader for.
+"""What earlier processes of a run left in its `.wandb` files, which W&B 0.31 writes but brings no reader for; and a note of how far that
+went, for when the files are gone.
 
 The file is a LevelDB log ("log_format.md" of LevelDB): a header of 7 bytes, then blocks of 32 KiB that hold pieces [checksum: 4 bytes,
 length: 2, type: 1, data]. A record lies in one piece (type 1) or in a first, middle ones and a last (types 2, 3, 4), and is a protobuf
@@ -9,12 +10,49 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from largeformer.artifact import write_atomically
+from largeformer.tracking.names import STEP
+
+NOTE = "wandb_logged.json"
 _HEADER, _BLOCK, _PIECE = 7, 32768, 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def recorded(folder: Path, run_id: str) -> tuple[dict[str, int], int]:
+    """The last step that earlier processes logged, of training and of validation rows; and the number of the row to come."""
+    last: dict[str, int] = {}
+    line = 0
+    for row in logged_rows(folder, run_id):
+        line = max(line, row["_step"] + 1)
+        for kind, chart in (("train", "train/lr"), ("val", "val/loss")):
+            if chart in row:
+                last[kind] = int(row.get(STEP, 0))
+    noted = _noted(folder)
+    if noted.get("run_id") == run_id and noted["line"] > line:
+        return noted["last"], noted["line"]
+    return last, line
+
+
+def note(folder: Path, run_id: str, last: Mapping[str, int], line: int) -> None:
+    """Keep what `recorded` gives: files that were sent may be removed."""
+    write_atomically(folder / NOTE, (json.dumps({"run_id": run_id, "line": line, "last": dict(last)}) + "\n").encode())
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    try:
+        held = json.loads((folder / NOTE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) and {"run_id", "line", "last"} <= held.keys() else {}
+
+
+def has_ended(run_folder: Path) -> bool:
+    """Whether the process that wrote the run's file has said that it was done."""
+    return any(item.HasField("exit") for path in run_folder.glob("*.wandb") for item in _messages(path.read_bytes()))
 
 
 def logged_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:

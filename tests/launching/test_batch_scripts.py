@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,18 @@ JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "
 TASK = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "node7", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
 
 
-def run(script: str, folder: Path, **environ: str) -> tuple[int, list[str], str]:
+def run(script: str, folder: Path, srun: str = _SRUN, **environ: str) -> tuple[int, list[str], str]:
     """Exit code, what was called, and what was said."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+    for name, text in (("srun", srun), ("scontrol", _SCONTROL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     told = {"PATH": path, "VENV": "", "OUTPUT_DIR": "out", "WHERE": "out", "CODE": "0", "SAYS": "", "IN_PREPARE": "", **environ}
-    done = subprocess.run(["bash", ROOT / "launch" / "slurm" / f"{script}.sbatch"], cwd=folder, env=told, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "slurm" / f"{script}.sbatch"], cwd=folder, env=told, capture_output=True, text=True, timeout=60
+    )
     calls = folder / "calls"
     return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout + done.stderr
 
@@ -76,7 +79,7 @@ def test_a_trial_requeues_its_own_task(code: str, says: str, more: dict[str, str
         "array_sweep", tmp_path, SWEEP="e/p/s", SAYS=says, WHY="" if code == "0" else "USR1", WHERE="out/9_3/t1", **TASK, **more
     )
     assert ended == 0, said
-    assert "-m wandb agent --count 1 e/p/s" in calls[0]
+    assert calls[0].startswith("srun ") and any(call.endswith("-m wandb agent --count 1 e/p/s") for call in calls)
     assert [call for call in calls if call.startswith("scontrol")] == (["scontrol requeue 9_3"] if requeues else [])
 
 
@@ -87,6 +90,38 @@ def test_a_trial_that_was_stopped_goes_on_without_the_agent(tmp_path: Path) -> N
     (trial / "status.json").write_text('{"status": "requeue", "time": 1}')
     _, calls, _ = run("array_sweep", tmp_path, SWEEP="e/p/s", SAYS="finished", WHERE="out/9_3/t1", **TASK)
     assert len(calls) == 1 and calls[0].endswith("-m largeformer pretrain -c out/9_3/t1/pretrain/config.yaml")
+
+
+_TASK = """#!/bin/bash
+while [[ "$1" == -* ]]; do shift; done
+exec "$@"
+"""
+_AGENT = """#!/bin/bash
+"$(dirname "$0")/largeformer-trial"
+echo "the agent ends after its trial" >> calls
+"""
+# What SLURM does where it tracks processes by cgroup: the task has the signal, and nothing that it has started.
+_TRIAL = f"""#!{sys.executable}
+import os, signal
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+task = int(Path(f"/proc/{{os.getppid()}}/stat").read_text().rsplit(")", 1)[1].split()[1])
+os.kill(task, signal.SIGUSR1)
+signal.sigwait([signal.SIGUSR1])
+with open("calls", "a") as calls:
+    calls.write("the trial saves\\n")
+"""
+
+
+def test_a_trial_is_told_that_its_task_has_a_signal(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("python", _AGENT), ("largeformer-trial", _TRIAL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    ended, calls, said = run("array_sweep", tmp_path, srun=_TASK, SWEEP="e/p/s", **TASK)
+    assert ended == 0 and calls == ["the trial saves", "the agent ends after its trial"], said
 
 
 def test_how_ranks_are_started(tmp_path: Path) -> None:

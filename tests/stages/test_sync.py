@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from wandb.proto import wandb_internal_pb2
 
 from largeformer import cli
 from largeformer.config.tracking import TrackingConfig
 from largeformer.stages.sync import is_sent, recorded_runs
 from largeformer.tracking.build import build_trackers
+from largeformer.tracking.wandb_file import _pieces, has_ended
 from tests.tracking.wandb_server import Server, wandb_server
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +54,47 @@ def test_a_run_of_two_processes_is_sent_as_one(tmp_path: Path) -> None:
     assert counts == sorted({*counts}), "W&B's own count rises over both processes"
     assert sent.exit_codes == [1, 0]
     assert [(alert["title"], alert["severity"]) for alert in server.alerts] == [("r: finished", "INFO")]
+
+
+def until_the_exit(whole: bytes) -> bytes:
+    """A file as it is before its process says that it was done: a record before, each with 7 bytes in front."""
+    ends = [piece for piece in _pieces(whole) if wandb_internal_pb2.Record.FromString(piece).HasField("exit")]  # type: ignore[attr-defined]
+    return whole[: whole.rindex(ends[0]) - 7]
+
+
+def test_what_is_still_being_written_is_sent_once_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that had no end yet is left for later; killed long ago, it is sent as it is; what is written after that is sent again."""
+    run = tmp_path / "run"
+    train(run, range(1, 10), 0)
+    (folder,) = recorded_runs(run)
+    (file,) = folder.glob("*.wandb")
+    whole = file.read_bytes()
+    file.write_bytes(until_the_exit(whole))
+    assert not has_ended(folder)
+    assert cli.main(["sync", str(run), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"{folder} is still being written" in told and "nothing to send: 0 sent before" in told
+    os.utime(file, (1.0e9, 1.0e9))
+    with wandb_server() as server:
+        assert "1 of 1 sent" in sync(server, tmp_path, str(run)).stdout
+        file.write_bytes(whole)
+        assert has_ended(folder) and not is_sent(folder)
+        assert "1 of 1 sent" in sync(server, tmp_path, str(run)).stdout
+        assert is_sent(folder)
+    (sent,) = server.runs.values()
+    assert {row["step"] for row in sent.rows()} == set(range(1, 10))
+
+
+def test_a_run_whose_sent_files_were_removed_goes_on_where_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, range(1, 6), 0)
+    with wandb_server() as server:
+        assert "1 of 1 sent" in sync(server, tmp_path, str(run)).stdout
+        shutil.rmtree(run / "pretrain" / "wandb")
+        train(run, range(4, 10), 3)
+        assert "1 of 1 sent" in sync(server, tmp_path, str(run)).stdout
+    (sent,) = server.runs.values()
+    assert [row["step"] for row in sent.rows()] == list(range(1, 10))
 
 
 def test_what_is_to_be_sent_is_found_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
