@@ -103,7 +103,13 @@ class Preparation:
         adds = append or interrupted
         rows = set(self.work.base_files()) if interrupted else set(_lines(self.folder / FILES)) if append else set()
         new = [source.without(rows) for source in sources]
-        plan = {"encoding": encoding_of(self.recipe), "files": files_digest(new), "adds": adds, "given": self._given_sha256()}
+        plan = {
+            "encoding": encoding_of(self.recipe),
+            "files": files_digest(new),
+            "text_keys": [source.text_key for source in new],
+            "adds": adds,
+            "given": self._given_sha256(),
+        }
         if begun is not None and {**begun, "version": None} == {**json.loads(json.dumps(plan)), "version": None}:
             return new, adds
         if interrupted and not append:
@@ -232,6 +238,8 @@ def check_base(recipe: Recipe, folder: Path) -> None:
 def _difference(begun: dict[str, Any], plan: dict[str, Any]) -> str:
     if begun["encoding"] != plan["encoding"] or begun["given"] != plan["given"]:
         return "with another tokenizer, cleaning or deduplication"
+    if begun["files"] == plan["files"] and begun.get("text_keys") != plan["text_keys"]:
+        return "from other fields (text_key)"
     return "from other sources, or from files that have changed since"
 
 

@@ -141,6 +141,21 @@ def test_a_file_that_changes_after_an_interruption_is_read_again(
     assert "files that have changed since" in caplog.text
 
 
+def test_another_field_after_a_failure_is_what_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The default field is there in most rows, but is not the text: what was learned and encoded from it must not stay."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"body": row, **({"text": f"title {i}"} if i % 10 else {})}) for i, row in enumerate(ROWS)))
+    with pytest.raises(BadInputError, match="20 of 200 inputs were rejected"):
+        prepare.run(recipe(tmp_path, str(path), tokenizer={"vocab_size": 300}))
+    made = recipe(tmp_path, data={"sources": [{"path": str(path), "text_key": "body"}]}, tokenizer={"vocab_size": 300})
+    artifact = prepare.run(made)
+    tokenizer, dataset = prepared_data.open_tokenizer(made, artifact.path), open_indexed(artifact.path / "0-rows", 300)
+    assert [tokenizer.decode(dataset[i].tolist()) for i in range(len(dataset))] == ROWS
+    alone = prepare.run(made.model_copy(update={"run": made.run.model_copy(update={"output_dir": str(tmp_path / "alone")})}))
+    assert (artifact.path / "tokenizer.model").read_bytes() == (alone.path / "tokenizer.model").read_bytes()
+    assert "from other fields (text_key)" in caplog.text
+
+
 def test_a_raised_threshold_takes_up_what_was_encoded(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInputError, match="raise the threshold"):
         prepare.run(recipe(tmp_path, rows, data={"quarantine_threshold": 0.0}))
