@@ -6,10 +6,14 @@ layout: all that a resumed run must know is how many samples were consumed. docs
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -26,6 +30,7 @@ _PREFETCHED = 8  # micro batches that a thread, or each loading process, is ahea
 _STEPS_AHEAD = 2
 _PLAIN = Packing()
 _CPU = torch.device("cpu")
+_OF_THE_RANK = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,34 @@ def _in_processes(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
         pin_memory=plan.reading.device.type == "cuda",
         # Its own generator: else the loader draws a seed from torch's, and a resumed run would see other dropout.
         generator=torch.Generator(),
+        worker_init_fn=partial(_leave_signals_to_the_rank, os.getpid()),
     )
+    # Blocked from their first moment on, not only once `_leave_signals_to_the_rank` has run. The rank gets what has come afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(f"a loading process died ({error}): is memory short? data.num_workers 0 reads in a thread") from error
+
+
+def _leave_signals_to_the_rank(rank: int, worker: int) -> None:
+    """In a loading process: what a launcher sends to all processes passes it by, since the rank reads on until it has saved. Only
+    SIGTERM from `rank`, a process id, ends it: that is how a rank that leaves its batches open ends what it waits for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
+    threading.Thread(target=_end_with, args=(rank,), name="signals", daemon=True).start()
+
+
+def _end_with(rank: int) -> None:
+    while True:
+        told = signal.sigwaitinfo(_OF_THE_RANK)
+        if told.si_signo == signal.SIGTERM and told.si_pid == rank:
+            os._exit(0)
 
 
 def _thread(device: torch.device) -> ThreadPoolExecutor:
