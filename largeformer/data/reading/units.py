@@ -95,7 +95,8 @@ def _read_file(file: SourceFile, begin: Cursor, block_bytes: int, max_bytes: int
             rejected = Rejected(file.name, line, reason) if reason is not None else None
             line += content.count(b"\n")
             yield block or rejected, stream.input_bytes(), Cursor(begin.file, stream.offset, line)
-            if stream.broken is not None:
+            # Rows that lie whole before the break may be left: a longer one than a block was looked at past them.
+            if stream.broken is not None and not (file.is_json_lines and b"\n" in stream.buffer):
                 yield Rejected(file.name, line, f"broken {file.compression} stream: {stream.broken}"), 0, Cursor(begin.file + 1)
                 return
     finally:

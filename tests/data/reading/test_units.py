@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from largeformer.data.reading.sources import SourceFile
+from largeformer.data.reading.streams import Stream
 from largeformer.data.reading.text import Block, Document, Rejected, read_block
 from largeformer.data.reading.units import Cursor, Unit, read_units, unit_bytes
 
@@ -128,6 +129,28 @@ def test_a_broken_stream_keeps_what_came_before(tmp_path: Path, ending: str, dam
     assert before[:sure] == content[:sure]
     assert broken.line == before.count(b"\n") + 1 and f"broken {'gzip' if ending == '.gz' else 'zstd'} stream" in broken.reason
     assert items[-1] == Block("b.jsonl", 1, rows(3), True)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_broken_stream_keeps_the_rows_behind_one_that_is_longer_than_a_block(tmp_path: Path, ending: str) -> None:
+    """Looking for the end of the long row runs into the break."""
+    draw = random.Random(1)
+    lines = [json.dumps({"text": "".join(draw.choices("abcdefgh ", k=length))}) for length in (150 * KIB, *[400] * 400)]
+    packed = FORMS[ending]("".join(f"{line}\n" for line in lines).encode())
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(packed[: int(len(packed) * 0.95)])
+    source = [SourceFile(path, "a")]
+    stream = Stream(source[0])
+    stream.fill(2**30)
+    whole = stream.take(stream.buffer.rfind(b"\n") + 1)
+    units = list(read_units(source, 16 * KIB, 256 * KIB))
+    *kept, broken = [item for unit in units for item in unit.items]
+    assert whole.count(b"\n") > 100
+    assert b"".join(item.content for item in kept if isinstance(item, Block)) == whole
+    assert isinstance(broken, Rejected) and broken.line == whole.count(b"\n") + 1 and "broken" in broken.reason
+    for i, unit in enumerate(units):
+        rest = list(read_units(source, 16 * KIB, 256 * KIB, unit.end, i + 1))
+        assert [(u.number, u.items, u.end) for u in rest] == [(u.number, u.items, u.end) for u in units[i + 1 :]]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
