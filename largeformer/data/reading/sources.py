@@ -61,12 +61,15 @@ def text_files(source: str) -> list[SourceFile]:
 
 
 def source_files(source: str) -> list[Path]:
-    """The files of a source in a fixed order: of a folder all that are not hidden. Raises BadInputError where there are none."""
+    """The files of a source in a fixed order: of a folder all that are not hidden, also in folders that it links to.
+
+    Raises BadInputError where there are none.
+    """
     if source == PYTHON_DOCS:
         return _standard_library()
     path = Path(source).expanduser()
     if path.is_dir():
-        files = _walk(path, skipped=set())
+        files = _walk(path, skipped=set(), follow_links=True)
         if not files:
             raise BadInputError(f"data.sources path {source!r} is a folder without files: put text or .jsonl files there")
     elif path.exists():
@@ -105,19 +108,30 @@ def pair_prefix(source: str) -> Path | None:
     return prefix if halves and not missing and (named or not path.exists()) else None
 
 
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Every file below `root` in the order of its relative path, without hidden files and the folders named in `skipped`."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+def _walk(root: Path, skipped: set[str], follow_links: bool) -> list[Path]:
+    """Every file below `root` in the order of its relative path, without hidden files and the folders named in `skipped`.
+
+    A folder is read once: where it stands itself, else where the first link to it does. So links in a circle come to an end.
+    """
+    found: list[Path] = []
+    starts, read = [str(root)], set()
+    for start in starts:  # grows by the links that are met
+        for folder, subfolders, names in os.walk(start):
+            if (real := os.path.realpath(folder)) in read:
+                subfolders.clear()
+                continue
+            read.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in skipped)
+            if follow_links:
+                starts += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
 
 
 def _standard_library() -> list[Path]:
     """The standard library of the running Python, about 12 MB: its sources, and in their place among them pydoc's topics."""
     root = _standard_library_root()
-    files = [file for file in _walk(root, _NOT_STANDARD_LIBRARY) if file.suffix == ".py"]
+    files = [file for file in _walk(root, _NOT_STANDARD_LIBRARY, follow_links=False) if file.suffix == ".py"]
     if not files:
         raise BadInputError(f"data.sources path {PYTHON_DOCS!r}: this Python has no library sources in {root}; give text of your own")
     return files

@@ -125,6 +125,29 @@ def test_folder_and_glob_are_read_in_a_fixed_order(tmp_path: Path) -> None:
     assert source_files(f"{tmp_path}/**/*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "sub/c.txt"]
 
 
+def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for path in (corpus / "a.txt", corpus / "real/b.txt", elsewhere / "c.txt", elsewhere / "deep/d.txt", tmp_path / "hidden/e.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    links = {
+        "corpus/disk2": elsewhere,
+        "corpus/disk3": elsewhere,  # the same again
+        "corpus/an_alias": corpus / "real",  # what stands in the corpus keeps its name
+        "corpus/real/up": corpus,
+        "elsewhere/deep/round": elsewhere,
+        "corpus/.hidden": tmp_path / "hidden",
+        "corpus/gone": tmp_path / "gone",
+        "corpus/z.txt": elsewhere / "c.txt",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    found = ["a.txt", "disk2/c.txt", "disk2/deep/d.txt", "real/b.txt", "z.txt"]
+    assert source_files(str(corpus)) == [corpus / name for name in found]
+    (tmp_path / "link").symlink_to(corpus)
+    assert source_files(str(tmp_path / "link")) == [tmp_path / "link" / name for name in found]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
