@@ -20,6 +20,7 @@ from largeformer.data.reading.units import documents, read_units, total_bytes, u
 from largeformer.errors import BadInputError
 
 _WINDOW = 2**20
+_LONG = 2**16  # a row that is longer is sampled whole; of shorter ones those that a window holds
 _SHOWN_REJECTED = 10_000
 
 
@@ -101,13 +102,13 @@ def files_digest(sources: Sequence[Source]) -> str:
 
 def sample_documents(sources: Sequence[Source], limit: int, max_bytes: int) -> Iterator[tuple[Document, int]]:
     """Documents for a tokenizer to learn from, each with the bytes of text read for it: all, where the files have `limit` bytes or
-    less; else windows of 1 MiB, evenly spread over all files."""
+    less; else windows of about 1 MiB, evenly spread over all files."""
     files = [(file, source.text_key) for source in sources for file in source.files]
     blocks: Iterator[tuple[Block, str]]
     if sum(source.total_bytes for source in sources) <= limit:
         blocks = ((item, key) for source in sources for item, key in _all_blocks(source, max_bytes))
     else:
-        blocks = _windows(files, limit)
+        blocks = _windows(files, limit, max_bytes)
     for block, key in blocks:
         size = len(block.content)
         for item in read_block(block, key, max_bytes):
@@ -139,10 +140,31 @@ def _all_blocks(source: Source, max_bytes: int) -> Iterator[tuple[Block, str]]:
         yield from ((item, source.text_key) for item in unit.items if isinstance(item, Block))
 
 
-def _windows(files: Sequence[tuple[SourceFile, str]], limit: int) -> Iterator[tuple[Block, str]]:
-    """A window that begins near the end of a file goes on into those that follow. A place in a compressed file cannot be gone to: it
-    stands for as much of its beginning."""
-    ends = list(itertools.accumulate(file.fingerprint[0] for file, _ in files))
+def _windows(files: Sequence[tuple[SourceFile, str]], limit: int, max_bytes: int) -> Iterator[tuple[Block, str]]:
+    """Lines from all over the files, `limit` bytes in all, or one row where that is longer.
+
+    What a long row has beyond its window is saved at those that follow, so that the sample stays spread.
+    """
+    asked = taken = 0
+    read: Counter[int] = Counter()  # of each file
+    for index, offset, size in _places([file for file, _ in files], limit):
+        asked += size
+        begin, end = max(offset, read[index] - 1), offset + size
+        if taken >= asked or begin >= end:
+            continue
+        file, key = files[index]
+        content, row, behind = _window(file, begin, end - begin, max_bytes)
+        if row and taken + len(content) and taken + len(content) + len(row) > limit:
+            row = b""
+        read[index] = behind if row else end
+        taken += len(content) + len(row)
+        yield Block(file.name, 1, content + row, file.is_json_lines), key
+
+
+def _places(files: Sequence[SourceFile], limit: int) -> Iterator[tuple[int, int, int]]:
+    """File, offset and size of each window, `limit` bytes in all. One that begins near the end of a file goes on into those that
+    follow. A place in a compressed file cannot be gone to: it stands for as much of its beginning."""
+    ends = list(itertools.accumulate(file.fingerprint[0] for file in files))
     count = max(limit // _WINDOW, 1)
     beginnings: Counter[int] = Counter()
     for k in range(count):
@@ -150,24 +172,50 @@ def _windows(files: Sequence[tuple[SourceFile, str]], limit: int) -> Iterator[tu
         stop = min(at + _WINDOW, ends[-1])
         while at < stop:
             index = bisect.bisect_right(ends, at)
-            file, key = files[index]
             size = min(stop, ends[index]) - at
-            if file.compression:
+            if files[index].compression:
                 beginnings[index] += size
             else:
-                yield _window(file, at - (ends[index - 1] if index else 0), size), key
+                yield index, at - (ends[index - 1] if index else 0), size
             at += size
-    yield from ((_window(files[index][0], 0, size), files[index][1]) for index, size in beginnings.items())
+    yield from ((index, 0, size) for index, size in beginnings.items())
 
 
-def _window(file: SourceFile, offset: int, size: int) -> Block:
-    """Whole lines of a file, from the first that begins after `offset`."""
+def _window(file: SourceFile, offset: int, size: int, max_bytes: int) -> tuple[bytes, bytes, int]:
+    """Whole lines of a file, from the first that begins after `offset`; a long row that begins among them and ends behind them, or the
+    next row where none begins; and the place behind that row. Lines of text that are long need not be whole."""
     stream = Stream(file, offset)
     try:
         more = stream.fill(size)
         content = stream.take(size)
+        begin = content.find(b"\n") + 1 if offset else 0
+        end = max(begin, content.rfind(b"\n") + 1 if more else len(content))
+        if not file.is_json_lines:
+            begin, end = begin if begin <= _LONG else 0, end if len(content) - end <= _LONG else len(content)
+            return content[begin:end], b"", stream.offset
+        row = _row(stream, content[end:] if begin or not offset else None, max_bytes) if more else b""
+        return content[begin:end], row, stream.offset
     finally:
         stream.close()
-    begin = content.find(b"\n") + 1 if offset else 0
-    end = content.rfind(b"\n") + 1 if more else len(content)
-    return Block(file.name, 1, content[begin : max(begin, end)], file.is_json_lines)
+
+
+def _row(stream: Stream, begun: bytes | None, max_bytes: int) -> bytes:
+    """The row that has `begun` before `stream`, where it is long; None: the row after the one in which `stream` stands. Else nothing,
+    as where it has more than `max_bytes`."""
+    if begun is None:
+        _rest_of_row(stream, max_bytes)
+        return _rest_of_row(stream, max_bytes) or b""
+    rest = _rest_of_row(stream, max_bytes - len(begun)) if begun else None
+    return begun + rest if rest is not None and len(begun) + len(rest) > _LONG else b""
+
+
+def _rest_of_row(stream: Stream, max_bytes: int) -> bytes | None:
+    """What is left of a row: nothing at the end of a file. None where that is more than `max_bytes`, or the file breaks off."""
+    seen = 0
+    while not (end := stream.buffer.find(b"\n", seen) + 1):
+        seen = len(stream.buffer)
+        if seen > max_bytes:
+            return None
+        if not stream.fill(seen + 1):
+            return stream.take(seen) if stream.broken is None else None
+    return stream.take(end) if end <= max_bytes else None

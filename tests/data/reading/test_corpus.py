@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,68 @@ def test_a_small_corpus_is_read_whole(tmp_path: Path) -> None:
     _write(tmp_path / "text", 3, compressed=False)
     sources = open_sources(DataConfig.model_validate({"sources": [{"path": str(tmp_path / "text")}]}))
     assert sum(len(document.text) for document, _ in sample_documents(sources, 7 * 10**6, 8 * MIB)) == 199_998 * 26
+
+
+def _sampled(path: Path, limit: int) -> list[str]:
+    sources = open_sources(DataConfig.model_validate({"sources": [{"path": str(path)}]}))
+    return [document.text for document, _ in sample_documents(sources, limit, 8 * MIB)]
+
+
+def _row(number: int, size: int) -> str:
+    return json.dumps({"text": f"{number:09d} ".ljust(size - 13, "x")}) + "\n"  # as many bytes as `size`
+
+
+LONG_ROWS = {
+    "longer than a window": [1_500_000] * 30,
+    "as long as allowed": [8 * MIB] * 6,
+    "some": [100_000, 2_000_000] * 20,
+    "many short ones between": [*[1_000] * 3000, 3_000_000] * 6,
+    "shorter than a window": [700_000] * 60,
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("sizes", LONG_ROWS.values(), ids=LONG_ROWS.keys())
+def test_long_rows_are_sampled_by_their_share(tmp_path: Path, sizes: list[int], compressed: bool) -> None:
+    content = "".join(_row(number, size) for number, size in enumerate(sizes)).encode()
+    path = tmp_path / ("rows.jsonl.gz" if compressed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content, compresslevel=0) if compressed else content)
+    texts = _sampled(path, 16 * MIB)
+    numbers = [int(text[:9]) for text in texts]
+    assert all(len(text) == sizes[number] - 13 for text, number in zip(texts, numbers, strict=True)), "whole rows"
+    assert numbers == sorted(set(numbers)), "in order, none twice"
+    read = sum(sizes[number] for number in numbers)
+    assert 7 * MIB < read <= 16 * MIB
+    long = sum(size for size in sizes if size > 2**16) / sum(sizes)
+    assert sum(sizes[number] for number in numbers if sizes[number] > 2**16) / read == pytest.approx(long, abs=0.25)
+    if not compressed:
+        assert numbers[-1] > 0.5 * len(sizes)
+
+
+def test_a_row_that_is_longer_than_the_sample_is_one_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(_row(number, 3_000_000) for number in range(3)))
+    assert [len(text) for text in _sampled(path, MIB // 2)] == [3_000_000 - 13]
+
+
+@pytest.mark.parametrize("break_at", [8_000_000, 30_000_000], ids=["lines", "one line"])
+def test_text_of_long_lines_is_sampled_in_pieces(tmp_path: Path, break_at: int) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join("x" * min(break_at, 16_000_000 - at) for at in range(0, 16_000_000, break_at)))
+    assert sum(map(len, _sampled(path, 4 * MIB))) == pytest.approx(4 * MIB, rel=0.05)
+
+
+def test_short_rows_are_those_that_windows_hold(tmp_path: Path) -> None:
+    """What tokenizers learned from before long rows were read to their end."""
+    path = tmp_path / "rows.jsonl"
+    sizes = [100 + number * 7919 % 60_000 for number in range(300)]
+    path.write_text("".join(_row(number, size) for number, size in enumerate(sizes)))
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    windows = [sum(sizes) * k // 4 for k in range(4)]
+    held = [
+        number
+        for window in windows
+        for number, start in enumerate(starts)
+        if (window < start or window == start == 0) and start + sizes[number] <= window + MIB
+    ]
+    assert [int(text[:9]) for text in _sampled(path, 4 * MIB)] == held
