@@ -12,7 +12,7 @@ source launch/environment.sh
 
 packages="deepspeed megatron.core wandb sentencepiece pydantic yaml typer rich numpy safetensors tensorboard pytest"
 # Random tokens, compiled layers, and a batch small enough for every candidate of `bench` to take its turns within minutes.
-bench=(-c launch/recipes/llama-1b.yaml "data.sources=[{path: mock}]" train.compile=true train.micro_batch_size=4 train.global_batch_size=16)
+bench=(-c launch/recipes/llama-1b.yaml "data.sources=[{path: mock}]" train.compile=true train.micro_batch_size=1 train.global_batch_size=8)
 out=${OUT:-runs/gpu_check}
 
 sees_gpu() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; }
@@ -91,6 +91,7 @@ print(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB; torch {torch.__version__
 PYTHON
 step tests "$python" -m pytest -q -m gpu tests/gpu
 step bench "$python" -m largeformer bench "${bench[@]}" "$@"
+! grep -q "^plain PyTorch does not fit" "$out/bench.log" || failed="$failed bench(nothing to compare with)"
 
 if [ -n "$failed" ]; then
     say "failed:$failed (see $out)"

@@ -61,7 +61,6 @@ SECTIONS: dict[str, frozenset[str]] = {
             "stage3_use_all_reduce_for_fetch_params",
             "stage3_allgather_sequential",
             "ignore_unused_parameters",
-            "round_robin_gradients",
             "parameter_alignment",
             "zero_hpz_partition_size",
             "zero_quantized_weights",
@@ -75,11 +74,9 @@ SECTIONS: dict[str, frozenset[str]] = {
     ),
     "zero_optimization.offload_param": frozenset({"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"}),
     "zero_optimization.offload_optimizer": frozenset(
-        {"device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"}
+        {"device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"}
     ),
-    "bf16": frozenset(
-        {"enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"}
-    ),
+    "bf16": frozenset({"enabled", "immediate_grad_update", "check_grad_overflow"}),
     "fp16": frozenset(
         {
             "enabled",
@@ -89,7 +86,6 @@ SECTIONS: dict[str, frozenset[str]] = {
             "hysteresis",
             "consecutive_hysteresis",
             "min_loss_scale",
-            "fp16_master_weights_and_grads",
         }
     ),
     "data_types": frozenset({"grad_accum_dtype"}),
@@ -99,6 +95,7 @@ SECTIONS: dict[str, frozenset[str]] = {
 _RECIPE = "the recipe owns it"
 _REMOVED = "DeepSpeed has removed it"
 _NOT_HERE = "largeformer does not drive it"
+_FLOAT_MASTERS = "masters and moments are float32, in memory and in checkpoints: remove it"
 
 # Key -> why it is refused, and what to use instead. A value that switches nothing on is accepted and dropped: null, "auto", what
 # HARMLESS names for the key or, where it names nothing, false and {"enabled": false}.
@@ -107,6 +104,7 @@ HARMLESS: dict[str, object] = {
     "managed_gradient_accumulation": True,
     "sequence_parallel_size": 1,
     "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.offload_optimizer.ratio": 1.0,
     "data_types.keep_in_fp32_modules": "auto",
 }
 
@@ -150,6 +148,11 @@ REFUSED: dict[str, str] = {
     "graph_harvesting": f"{_REMOVED}: remove it",
     "curriculum_learning": f"{_REMOVED}: remove it",
     "progressive_layer_drop": f"{_REMOVED}: remove it",
+    "zero_optimization.round_robin_gradients": "checkpoints would get one parameter's state for another's: remove it",
+    "zero_optimization.offload_optimizer.ratio": "what stays on the GPU would train at a constant rate, and could not be saved: remove it",
+    "bf16.bf16_master_weights_and_grads": f"{_FLOAT_MASTERS}",
+    "bf16.bf16_optimizer_states": f"{_FLOAT_MASTERS}",
+    "fp16.fp16_master_weights_and_grads": f"{_FLOAT_MASTERS}",
     "zero_optimization.cpu_offload": "it is the old name of offload_optimizer: write offload_optimizer",
     "zero_optimization.cpu_offload_param": "it is the old name of offload_param: write offload_param",
     "zero_optimization.cpu_offload_use_pin_memory": "it is now offload_optimizer.pin_memory and offload_param.pin_memory: write those",

@@ -102,6 +102,11 @@ def zero_problems(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[str]:
             f"{place}: ZeRO stage {zero.stage} reduces gradients in every backward, which parallel.pipeline_model_parallel_size {stages} "
             "does not allow: use deepspeed=zero1, or one pipeline stage"
         )
+    if zero.overlap_comm and stages > 1:
+        yield (
+            f"{place}: zero_optimization.overlap_comm true leaves gradients unreduced with parallel.pipeline_model_parallel_size {stages}, "
+            "whose backward reduces them at its end: set it to false, or use one pipeline stage"
+        )
     if zero.stage == 0 and precision != "fp32":
         yield f"{place}: ZeRO stage 0 does not train train.precision {precision} correctly: use deepspeed=zero1, or train.precision fp32"
     if zero.offload_optimizer != "none" and zero.stage == 0:

@@ -110,7 +110,8 @@ def measure_peak_flops(dtype: torch.dtype, device: torch.device, budget_s: float
 
     deadline = time.perf_counter() + budget_s
     size, largest, best = 256, 8192, 0.0
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device)  # what is drawn here is not missing in the training
+    left, right = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
     while (start := time.perf_counter()) < deadline:
         left @ right
         if device.type == "cuda":

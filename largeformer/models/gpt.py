@@ -149,7 +149,8 @@ def build_gpt(recipe: Recipe, groups: ParallelGroups, device: torch.device) -> t
         )
         chunks.append(chunk.to(device))
         for parameter in chunk.parameters():
-            parameter.data.zero_()  # rows that pad the vocabulary stay so
+            # Megatron-core makes learned positions in float32, whatever it is told. Rows that pad the vocabulary stay 0.
+            parameter.data = parameter.data.to(config.params_dtype).zero_()
     shards = describe(chunks, recipe.tokenizer.vocab_size)
     for shard in shards:
         # Gradient norms count a sharded parameter on every tensor-parallel rank, any other on the first alone.

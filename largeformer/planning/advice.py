@@ -48,6 +48,12 @@ def _memory(prediction: Prediction) -> Iterator[str]:
         if row.total_bytes < 0.5 * have and train.recompute_granularity is not None:
             yield "Half of the memory stays free: recompute less (train.recompute_granularity=null), which saves time."
         return
+    if row.start_bytes == row.total_bytes:
+        yield (
+            "The weights do not fit one device before ZeRO 3 has parted them, since each rank builds its whole part first: raise "
+            f"parallel.tensor_model_parallel_size, up to the node's {job.cluster.gpus_per_node}."
+        )
+        return
     if row.activation_bytes > 0.3 * row.total_bytes:
         if train.micro_batch_size > 1:
             yield f"Activations fill most: lower train.micro_batch_size from {train.micro_batch_size}."

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from largeformer.planning.activations import backward_bytes, boundary_bytes, chunk_bytes, embedding_bytes, head_bytes, recomputed_at_once
+from largeformer.planning.activations import (
+    FULL,
+    backward_bytes,
+    boundary_bytes,
+    chunk_bytes,
+    embedding_bytes,
+    head_bytes,
+    recomputed_at_once,
+)
 from largeformer.planning.hardware import GIB
 from largeformer.planning.inventory import Inventory
 from largeformer.planning.schedule import held_forwards
@@ -27,7 +35,8 @@ class RankMemory:
 
     activation_bytes: kept for the backward at the worst moment, what is recomputed then, and a layer's gradients. logits_bytes: the
     head's gradients and one chunk of logits. buffer_bytes: buckets, gathered weights, states between stages, gradients beside their
-    final partition. allowance_bytes: fragmentation and the libraries' own.
+    final partition. allowance_bytes: fragmentation and the libraries' own. start_bytes: the weights before ZeRO 3 has parted them, with the
+    libraries: each rank builds all of its tensor- and pipeline-parallel part first.
     """
 
     stage: int
@@ -41,6 +50,7 @@ class RankMemory:
     logits_bytes: int
     buffer_bytes: int
     allowance_bytes: int
+    start_bytes: int
     host_bytes: int
     nvme_bytes: int
 
@@ -55,7 +65,8 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        return self.allocated_bytes + self.allowance_bytes
+        """At the worst moment of a step, or of the start."""
+        return max(self.allocated_bytes + self.allowance_bytes, self.start_bytes)
 
 
 def rank_memory(job: Job) -> list[RankMemory]:
@@ -93,6 +104,7 @@ def _of_stage(job: Job, stage: Inventory) -> RankMemory:
         logits_bytes=head,
         buffer_bytes=buffers + reducing,
         allowance_bytes=round(_FRAGMENTATION * moving) + _libraries(job),
+        start_bytes=stage.elements * (FULL if job.recipe.train.precision == "fp32" else 2) + _libraries(job),
         host_bytes=placed.host,
         nvme_bytes=placed.nvme,
     )

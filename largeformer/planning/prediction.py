@@ -45,7 +45,8 @@ def misfits(cluster: Cluster, memory: list[RankMemory]) -> list[str]:
     wrong = []
     have = cluster.gpu.memory_gib
     if row.total_bytes > have * GIB:
-        wrong.append(f"needs {row.total_bytes / GIB:.1f} GiB on stage {row.stage}, {cluster.gpu.name} has {have:g}")
+        when = ", before ZeRO 3 has parted the weights," if row.total_bytes == row.start_bytes else ""
+        wrong.append(f"needs {row.total_bytes / GIB:.1f} GiB on stage {row.stage}{when} {cluster.gpu.name} has {have:g}")
     host = max(row.host_bytes for row in memory)
     if host > cluster.host_gib_per_gpu * GIB:
         wrong.append(f"needs {host / GIB:.1f} GiB of host memory a GPU, plan.host_gib_per_gpu is {cluster.host_gib_per_gpu:g}")

@@ -33,7 +33,7 @@ GIB = 2**30
 @dataclass
 class Measured:
     """One candidate's turns: `seconds` a step in each round. `memory_gib`: the most that its step held on the GPU, weights and
-    optimizer included; None on a CPU, where the candidates' memory cannot be told apart."""
+    optimizer included; None on a CPU, where the candidates' memory cannot be told apart. Without `seconds` it did not fit."""
 
     name: str
     tokens: int
@@ -62,23 +62,28 @@ def run(recipe: Recipe, nproc: int = 1, *, rounds: int = 5, steps: int = 4, as_j
 
 
 def measure(recipe: Recipe, world: World, rounds: int, steps: int, compiled: bool = True) -> list[Measured]:
-    """Every candidate that this machine can run, in the order of the table. `compiled` False leaves out the compiled plain loop.
-    Collective."""
+    """Every candidate, in the order of the table. `compiled` False leaves out the compiled plain loop. Collective."""
     clock = _Clock(world)
+    every: list[Measured] = []
     ready: list[tuple[Measured, Step, int]] = []
     for candidate in candidates(recipe, world, compiled):
+        every.append(Measured(candidate.name, candidate.tokens))
         if (made := clock.warmed_up(candidate)) is not None:
-            ready.append((Measured(candidate.name, candidate.tokens), *made))
+            ready.append((every[-1], *made))
     if not ready:
         raise BadInputError("no candidate fits into this device's memory: lower train.micro_batch_size")
     for turn in range(rounds):
-        first = turn % len(ready)
+        first = turn % max(len(ready), 1)
         for measured, step, resident in ready[first:] + ready[:first]:
-            seconds, peak = clock.time(step, steps)
+            if (timed := clock.time(step, steps)) is None:  # beside those that came later
+                ready = [entry for entry in ready if entry[0] is not measured]
+                measured.seconds.clear()
+                continue
+            seconds, peak = timed
             measured.seconds.append(seconds)
             if peak is not None:
                 measured.memory_gib = max(measured.memory_gib or 0.0, (resident + peak) / GIB)
-    return [measured for measured, _, _ in ready]
+    return every
 
 
 def report(recipe: Recipe, world: World, measured: Sequence[Measured]) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def report(recipe: Recipe, world: World, measured: Sequence[Measured]) -> dict[s
 
     peak = peak_flops(recipe.train.precision, world.device)
     per_token = flops_per_token(recipe.model, recipe.tokenizer.vocab_size)
-    by_name = {one.name: one for one in measured}
+    by_name = {one.name: one for one in measured if one.seconds}
     rows = [
         {
             "name": one.name,
@@ -97,7 +102,7 @@ def report(recipe: Recipe, world: World, measured: Sequence[Measured]) -> dict[s
             "ratio": one.ratio_to(by_name[PLAIN]) if PLAIN in by_name else None,
             "seconds_per_step": one.seconds,
         }
-        for one in measured
+        for one in by_name.values()
     ]
     both = ENGINE in by_name and BARE in by_name
     return {
@@ -108,6 +113,7 @@ def report(recipe: Recipe, world: World, measured: Sequence[Measured]) -> dict[s
         "ranks": asdict(world.groups.layout),
         "engine_overhead": 1.0 / by_name[ENGINE].ratio_to(by_name[BARE]) - 1.0 if both else None,
         "rows": rows,
+        "did_not_fit": [one.name for one in measured if not one.seconds],
     }
 
 
@@ -137,16 +143,23 @@ class _Clock:
         assert step is not None
         return step, self._allocated() - before
 
-    def time(self, step: Step, steps: int) -> tuple[float, int | None]:
-        """Seconds a step, and the GPU bytes held at the most beyond those at the start."""
+    def time(self, step: Step, steps: int) -> tuple[float, int | None] | None:
+        """Seconds a step, and the GPU bytes held at the most beyond those at the start. None where it does not fit any more."""
         before = self._allocated()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         dist.barrier()
         self._synchronize()
         start = time.perf_counter()
-        for _ in range(steps):
-            step()
+        try:
+            for _ in range(steps):
+                step()
+        except torch.OutOfMemoryError:
+            if dist.get_world_size() > 1:
+                raise
+            gc.collect()
+            torch.cuda.empty_cache()
+            return None
         self._synchronize()
         elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=self._device)
         dist.all_reduce(elapsed, dist.ReduceOp.MAX)
@@ -193,5 +206,7 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(f"{result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, {how}")
     console.print(f"MFU is against {result['peak_tflops']:.2f} TFLOP/s a device")
     console.print(table)
+    for name in result["did_not_fit"]:
+        console.print(f"{name} does not fit into this device's memory: lower train.micro_batch_size")
     if result["engine_overhead"] is not None:
         console.print(f"DeepSpeed engine against a bare optimizer: {result['engine_overhead']:+.1%} time a step")

@@ -28,6 +28,7 @@ _PARTS = (
     ("logits", "logits_bytes"),
     ("buffers", "buffer_bytes"),
     ("other", "allowance_bytes"),
+    ("start", "start_bytes"),
     ("total", "total_bytes"),
 )
 

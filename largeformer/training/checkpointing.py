@@ -15,6 +15,7 @@ layout they are drawn anew from seed and step: tensor-parallel ranks must draw a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,12 +30,13 @@ from largeformer.checkpoint.format import SUFFIX, Block, Place, ShardWriter, Ten
 from largeformer.checkpoint.manifest import DamagedError, Digest, Files, read_manifest
 from largeformer.errors import BadInputError
 from largeformer.models.shards import Shard
-from largeformer.parallel.agreement import from_main
+from largeformer.parallel.agreement import from_main, is_main
 from largeformer.parallel.device import fits_device, restore_rng_states, rng_states, seed_ranks
 from largeformer.tracking.jsonl import encode
 from largeformer.training.engine import Engine, StepResult
 from largeformer.training.state import OPTIMIZER, WEIGHTS, weight_blocks
 
+_log = logging.getLogger(__name__)
 FORMAT = 1
 STATE, CONFIG, RANDOM = "state.json", "config.yaml", "random"
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "safetensors")
@@ -171,7 +173,9 @@ def load_training_state(checkpoint: Path, engine: Engine, seed: int = 0) -> Trai
     record = from_main(lambda: read_state(checkpoint))
     optimizer = record["optimizer"]
     held = {part: open_tensors(checkpoint, part) for part in (WEIGHTS, OPTIMIZER)}
-    engine.state.load(optimizer["kinds"], optimizer["steps"], lambda part, blocks: held[part].read(blocks))
+    of_use = engine.state.load(optimizer["kinds"], optimizer["steps"], lambda part, blocks: held[part].read(blocks))
+    if not of_use and is_main():
+        _log.warning("%s holds %s, of another optimizer: this one begins anew", checkpoint, " and ".join(optimizer["kinds"]))
     engine.restore_scaler(record["loss_scaler"])
     progress = Progress(**record["progress"])
     random = random_states(checkpoint, engine.groups.rank) if record["layout"] == asdict(engine.groups.layout) else {}

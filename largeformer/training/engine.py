@@ -91,9 +91,10 @@ class Engine:
         return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
 
     def restore_scaler(self, state: dict[str, float | int]) -> None:
-        """Nothing outside fp16: a checkpoint may go on in another precision."""
-        for name, value in state.items() if self.wrapped.fp16_enabled() else ():
-            setattr(self.wrapped.optimizer.loss_scaler, name, value)
+        """Nothing outside fp16, and from or into a scale that does not move: a checkpoint may go on in another precision."""
+        if self.wrapped.fp16_enabled() and self.wrapped.optimizer.loss_scaler.dynamic and "cur_iter" in state:
+            for name, value in state.items():
+                setattr(self.wrapped.optimizer.loss_scaler, name, value)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and step over this data rank's micro batches of one global batch, at learning rate `lr`."""
@@ -225,6 +226,8 @@ def build_engine(
         # DeepSpeed moves the loss scale before it unscales, so that each step that doubles it would halve the gradients
         # (0.19.8, both of its ZeRO optimizers; DeepSpeed#8588). `Engine.step` moves it afterwards.
         wrapped.optimizer._update_scale = lambda has_overflow=False: None
+        # It would end the run at the first step that is skipped at the smallest scale; how many may be, the guards say.
+        wrapped.optimizer.loss_scaler.raise_error_at_min_scale = False
     return Engine(wrapped, chunks, shards, groups, penalty)
 
 

@@ -20,7 +20,8 @@ from largeformer.models.shards import Shard
 from largeformer.parallel.groups import ParallelGroups
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+ADAM = ("exp_avg", "exp_avg_sq")
+MOMENTS = (*ADAM, "momentum_buffer")
 
 
 class EngineState:
@@ -101,12 +102,16 @@ class EngineState:
                 if kind in kinds:
                     yield from ((OPTIMIZER, shard.of(whole)) for shard in shards)
 
-    def load(self, kinds: Sequence[str], steps: int, read: Callable[[str, list[Block]], None]) -> None:
+    def load(self, kinds: Sequence[str], steps: int, read: Callable[[str, list[Block]], None]) -> bool:
         """Set masters and moments from what `read(folder, blocks)` fills in: of each parameter the part that this rank holds. The weights
-        were read before the engine was made. `kinds`, `steps`: what the checkpoint has."""
+        were read before the engine was made. `kinds`, `steps`: what the checkpoint has. Returns whether its moments are of use: those of
+        another optimizer are not, and begin anew."""
         from largeformer.training.zero import local_range, set_local_state
 
         moments = [kind for kind in kinds if kind != "master"]
+        of_use = set(moments) <= set(self._usual_moments)
+        if not of_use:
+            kinds, moments, steps = [kind for kind in kinds if kind == "master"], [], 0
         for parameter, shards in self._parameters:
             start, count = local_range(self._wrapped, parameter)
             for kind in dict.fromkeys(("master", *kinds)):
@@ -117,6 +122,13 @@ class EngineState:
                 read(folder, [block for shard in shards if (block := _rows_of(f"{prefix}{shard.key}", shard, held, rows)) is not None])
                 value = held.flatten()[start - rows.start * _row_size(parameter) :][:count]
                 set_local_state(self._wrapped, parameter, kind, value, moments, steps)
+        return of_use
+
+    @property
+    def _usual_moments(self) -> tuple[str, ...]:
+        """What the optimizer holds once it has stepped."""
+        momentum = self._base.defaults.get("momentum")  # of stochastic gradient descent alone
+        return ADAM if momentum is None else ("momentum_buffer",) if momentum else ()
 
     @property
     def _base(self) -> torch.optim.Optimizer:

@@ -7,6 +7,8 @@ behind the back of Python; there it is the time of the parts of the model that t
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import socket
 import statistics
 import time
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from largeformer.parallel.agreement import gather
 from largeformer.parallel.groups import ParallelGroups
 
+_log = logging.getLogger(__name__)
 _TIMED_STEPS = 5  # the last ones of an interval; their median is compared, so that one hiccup is no straggler
 
 
@@ -60,6 +63,11 @@ class Stragglers:
             return []
         mine, self._seconds = statistics.median(self._seconds), []
         times = gather(RankTime(self._groups.rank, self._groups.coordinates.pipeline, socket.gethostname(), mine))
+        if any(math.isnan(time_.seconds) for time_ in times):
+            if self._groups.rank == 0:
+                _log.warning("slow ranks are not looked for: train.compile leaves nothing to time on a GPU")
+            self._interval = None
+            return []
         return slow_ranks(times, self._ratio)
 
 
@@ -114,6 +122,8 @@ def _device_time(chunks: Sequence[torch.nn.Module]) -> Iterator[Callable[[], flo
         spans[-1][1].record()
 
     def seconds() -> float:
+        if not spans:  # compiled layers call no hooks
+            return math.nan
         torch.cuda.synchronize()
         return float(sum(begun.elapsed_time(ended) for begun, ended in spans)) / 1000
 

@@ -5,6 +5,7 @@ Dropout is on and the data are shuffled, so that the random states and the place
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from largeformer.data.loader import Batches, Reading
 from largeformer.data.splits import MockSamples
 from largeformer.parallel.device import rng_states
 from largeformer.tracking.tracker import FanOut
-from largeformer.training.checkpointing import Progress, TrainingState, load_training_state
+from largeformer.training.checkpointing import Progress, TrainingState, load_training_state, read_state
 from largeformer.training.saving import Checkpoints, retention_policy
 from largeformer.training.schedule import LearningRateSchedule
 from tests.distributed import RankContext, RankPool
@@ -152,3 +153,18 @@ def test_goes_on_as_if_never_stopped(ranks: Ranks, tmp_path: Path, case: str, as
     assert_same(second.weights, expected.weights, 0)
     for kind, moments in expected.moments.items():
         assert_same(second.moments[kind], moments, 0)
+
+
+@pytest.mark.parametrize(
+    "before", [pytest.param("one process, SGD", marks=pytest.mark.slow), "DP2, ZeRO 1, SGD", "one process", "DP2, ZeRO 1"]
+)
+def test_moments_of_another_optimizer_begin_anew(ranks: Ranks, tmp_path: Path, before: str) -> None:
+    """Weights and progress are the earlier run's."""
+    world_size, recipe = recipe_of(before)
+    other = recipe.optimizer.model_copy(update={"type": "adamw" if recipe.optimizer.type == "sgd" else "sgd"})
+    ranks(world_size).run(train, recipe, N, tmp_path, False)
+    ended = ranks(world_size).run(train, recipe.model_copy(update={"optimizer": other}), N, tmp_path, True)
+    assert ended[0].progress.step == 2 * N and all(math.isfinite(loss) for loss in ended[0].losses)
+    state = read_state(find(tmp_path).checkpoint)["optimizer"]
+    assert set(state["kinds"]) == set(MOMENTS[other.type])
+    assert state["steps"] == (N if other.type == "adamw" else 0)

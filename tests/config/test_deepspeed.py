@@ -83,6 +83,29 @@ BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["bf16.immediate_grad_update false fails with accumulation in fp32"],
     ),
     "ZeRO 3 under a pipeline": (zero(3), ["parallel.pipeline_model_parallel_size=2"], ["ZeRO stage 3 reduces gradients in every backward"]),
+    "overlap under a pipeline": (
+        zero(1, overlap_comm=True),
+        ["parallel.pipeline_model_parallel_size=2"],
+        ["zero_optimization.overlap_comm true leaves gradients unreduced with parallel.pipeline_model_parallel_size 2"],
+    ),
+    "what checkpoints would scramble": (
+        zero(2, round_robin_gradients=True),
+        [],
+        ["zero_optimization.round_robin_gradients is refused, because checkpoints would get one parameter's state for another's"],
+    ),
+    "a part of the optimizer on the GPU": (
+        zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        [],
+        ["zero_optimization.offload_optimizer.ratio is refused, because what stays on the GPU would train at a constant rate"],
+    ),
+    "masters that are not float32": (
+        zero(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+        [],
+        [
+            "bf16.bf16_master_weights_and_grads is refused, because masters and moments are float32",
+            "bf16.bf16_optimizer_states is refused, because masters and moments are float32",
+        ],
+    ),
     "bf16 without ZeRO": ({}, [], ["ZeRO stage 0 does not train train.precision bf16 correctly"]),
     "offload without ZeRO": (
         zero(0, offload_optimizer={"device": "cpu"}),

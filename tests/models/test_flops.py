@@ -134,3 +134,9 @@ def test_the_measured_peak_is_what_a_product_reaches() -> None:
     """A product cannot be faster than the peak by more than noise, nor the peak be what no processor has."""
     peak = measure_peak_flops(torch.float32, torch.device("cpu"), budget_s=0.1)
     assert 1e8 < peak < 1e14
+
+
+def test_the_peak_is_measured_beside_the_random_numbers_of_the_training() -> None:
+    before = torch.get_rng_state()
+    assert measure_peak_flops(torch.float32, torch.device("cpu"), budget_s=0.01) > 0
+    assert torch.equal(torch.get_rng_state(), before)

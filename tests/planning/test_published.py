@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -53,11 +54,20 @@ FUSED = {"Llama 2 13B, 64 x a100, ZeRO 3"}
 
 @pytest.mark.parametrize("name", sorted(FITS.keys() - FUSED))
 def test_what_ran_fits(name: str) -> None:
+    """Once it trains: those who ran it under ZeRO 3 part the weights while the model is built."""
     run = FITS[name]
     plan = run.recipe.plan
     if run.source == TITAN_H100:  # those H100 have 96 GB
         plan = plan.model_copy(update={"memory_gib": 94.0})
-    assert misfits(cluster_of(plan), rank_memory(run.job)) == []
+    assert misfits(cluster_of(plan), [replace(row, start_bytes=0) for row in rank_memory(run.job)]) == []
+
+
+def test_the_whole_part_of_a_rank_must_fit_before_zero_3_has_parted_it() -> None:
+    run = FITS["Llama 3 70B, 64 x a100, ZeRO 3, recomputed"]
+    (problem,) = misfits(cluster_of(run.recipe.plan), rank_memory(run.job))
+    assert "before ZeRO 3 has parted the weights" in problem
+    (row,) = rank_memory(run.job)
+    assert row.total_bytes == row.start_bytes > 2 * row.parameters
 
 
 @pytest.mark.parametrize("name", FAILS)

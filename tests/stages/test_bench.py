@@ -84,7 +84,8 @@ def test_figures(one_process: Any) -> None:
     assert ours.tokens_per_s == 50.0
     assert plain.tokens_per_s == 200.0
     assert ours.ratio_to(plain) == 0.25  # 100/200, 50/200, 25/100: the median round
-    result = report(recipe, world, [ours, bare, plain])
+    result = report(recipe, world, [ours, bare, plain, Measured(HUGGING_FACE, 200)])
+    assert result["did_not_fit"] == [HUGGING_FACE] and [row["name"] for row in result["rows"]] == [ENGINE, BARE, PLAIN]
     assert result["engine_overhead"] == 1.0  # each of two rounds in three took twice as long
     row = result["rows"][0]
     assert row["ratio"] == 0.25

@@ -20,9 +20,10 @@ from tests.recipes import TINY
 AT_ONCE = {"patience": 1, "min_delta": 1000.0}  # the second validation improves on nothing
 
 
-def pretrain(run: Path, steps: int, load: Path | None = None, **train: Any) -> int:
+def pretrain(run: Path, steps: int, load: Path | None = None, model: dict[str, Any] | None = None, **train: Any) -> int:
     tree = {
         **TINY,
+        "model": {**TINY["model"], **(model or {})},
         "run": {"name": run.name, "output_dir": str(run)},
         "train": {**TINY["train"], "train_iters": steps, "eval_interval": 1, "eval_iters": 1, **train},
         "checkpoint": {"save_interval": 1, "load": None if load is None else str(load)},
@@ -65,6 +66,17 @@ def test_what_had_stopped_early_trains_no_further(stopped_early: Path) -> None:
     (stopped_early / "pretrain" / "manifest.json").unlink()
     assert pretrain(stopped_early, 6, early_stopping=AT_ONCE) == 0
     assert last_step(stopped_early) == 2
+
+
+def test_a_run_with_dropout_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """All of it: what is measured at the start of a process draws no random numbers of the training's."""
+    found = []
+    for name, stops in (("whole", [None]), ("halves", [2, None])):
+        for stop in stops:
+            assert pretrain(tmp_path / name, 4, model={"hidden_dropout": 0.1, "attention_dropout": 0.1}, exit_iteration=stop) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+        found.append([row["val_loss"] for row in rows if "val_loss" in row])
+    assert len(found[0]) == 4 and found[0] == found[1]
 
 
 def test_a_checkpoint_beyond_the_end_is_refused(stopped_early: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

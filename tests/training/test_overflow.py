@@ -84,7 +84,7 @@ def train(ranks: RankContext, recipe: Recipe, script: str, hold_scale: bool = Fa
             progress = progress.after(results[-1], samples=0)
             scales.append(bench.engine.loss_scale)
             if hold_scale:
-                bench.engine.restore_scaler({"cur_scale": SCALE})
+                bench.engine.wrapped.optimizer.loss_scaler.cur_scale = SCALE
         return Run(results, rates, scales, progress, bench.weights(), bench.moments("exp_avg"), bench.engine.scaler_state())
 
 
@@ -173,3 +173,25 @@ def test_a_fixed_scale_stays_and_still_skips(ranks: Ranks) -> None:
     run: Run = ranks(1).run(train, recipe, ".x.")[0]
     assert run.scales == [64.0, 64.0, 64.0]
     assert [result.skipped for result in run.results] == [False, True, False]
+
+
+def test_the_smallest_scale_skips_like_any_other(ranks: Ranks) -> None:
+    """The guards say how many may be skipped, not DeepSpeed's scaler."""
+    _, recipe = recipe_at("one process", initial_loss_scale_power=1)
+    (run,) = ranks(1).run(train, recipe, "xxxxxx.")
+    assert [result.skipped for result in run.results] == [True] * 6 + [False]
+    assert run.scales[3:] == [1.0] * 4
+
+
+SCALERS = {
+    "a static scale stays what the recipe says": ({"loss_scale": 128.0}, {"cur_scale": 2.0**32, "cur_iter": 9}, 128.0),
+    "from a static scale a moving one starts anew": ({}, {"cur_scale": 2.0**32}, SCALE),
+    "a moving one goes on": ({}, {"cur_scale": 16.0, "cur_iter": 9, "last_overflow_iter": 8, "cur_hysteresis": 2}, 16.0),
+}
+
+
+@pytest.mark.parametrize(("section", "saved", "expected"), SCALERS.values(), ids=SCALERS)
+def test_which_scale_a_run_goes_on_with(ranks: Ranks, section: dict[str, Any], saved: dict[str, float | int], expected: float) -> None:
+    _, recipe = recipe_at("one process", **section)
+    (run,) = ranks(1).run(train, recipe, ".", False, saved)
+    assert run.results[0].loss_scale == expected and not run.results[0].skipped

@@ -6,6 +6,7 @@ model before the engine takes it, and what accompanies the batches: that is a `T
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -76,8 +77,18 @@ def train(recipe: Recipe, world: World, job: TrainingJob, cut_short: str | None)
     the process before this one ended, which its record may not hold (`interruptions.cut_short`)."""
     ended = _attempt(recipe, world, job, cut_short=cut_short)
     while isinstance(ended, _Rewound):
+        _free(world)
         ended = _attempt(recipe, world, job, before=ended)
     return ended
+
+
+def _free(world: World) -> None:
+    """Give back the memory of an attempt that is over: an engine refers to itself, and is there until somebody looks."""
+    import torch
+
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
