@@ -5,10 +5,8 @@ must not be: a secret that is kept, a command that is hidden in a file and runs.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors.torch import load_file
 from largeformer import cli
 from tests.checkpoint.test_format import Bomb
 from tests.checkpoint.test_layouts import State, recipe_at, train_and_save
+from tests.commands import run_command
 from tests.distributed import RankPool
 from tests.recipes import TINY
 
@@ -35,9 +34,8 @@ SECRETS = {
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, **SECRETS, "WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "largeformer", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    (done,) = run_command(*arguments, environ={**SECRETS, "WANDB_MODE": "offline"})
+    return done
 
 
 @pytest.fixture(scope="module")

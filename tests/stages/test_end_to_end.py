@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from largeformer.launching.local import free_port
+from tests.commands import run_command
 from tests.recipes import TINY
 
 STEPS = 6
@@ -22,9 +23,14 @@ LAUNCHERS = {
 }
 
 
-def start(*arguments: str, launcher: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`largeformer *arguments`, in this process's environment, under a launcher or alone."""
-    prefix = [part.format(port=free_port()) for part in LAUNCHERS[launcher]] if launcher else ["-m", "largeformer"]
+def start(*arguments: str, launcher: str | None = None, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`largeformer *arguments`, in this process's environment, under a launcher, on so many ranks or alone. Of several ranks the first
+    one's output, and the first code that is not 0."""
+    if launcher is None:
+        first, *others = run_command(*arguments, ranks=ranks, timeout=timeout)
+        first.returncode = next((one.returncode for one in (first, *others) if one.returncode), 0)
+        return first
+    prefix = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
     return subprocess.run([sys.executable, *prefix, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 

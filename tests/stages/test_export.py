@@ -194,7 +194,7 @@ def test_the_gate_sees_a_wrong_export(copy: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
     """Both ranks hold the source; rank 0 writes, the other waits; the checkpoint's layout is another as well."""
-    result = start("export", "--from", str(copy), "parallel.tensor_model_parallel_size=2", launcher="torchrun")
+    result = start("export", "--from", str(copy), "parallel.tensor_model_parallel_size=2", ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     for name in FORMATS:
         assert (copy / "export" / name / "model.safetensors").read_bytes() == (run / "export" / name / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from largeformer.launching.local import free_port, rank_environ
+from tests.commands import run_command
 from tests.recipes import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -51,18 +52,25 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> Path:
 
 def launch(path: Path, *arguments: str, ranks: int = 2, faults: str = "", command: str = "pretrain", timeout: float = 240) -> Ended:
     """Every rank a process of its own, with nobody above them."""
+    base = {"FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    ended = run_command(command, "-c", str(path), *arguments, ranks=ranks, module="tests.faulty", environ=base, timeout=timeout)
+    return Ended([one.returncode for one in ended], [one.stderr for one in ended])
+
+
+def launch_programs(path: Path, faults: str, timeout: float = 240) -> Ended:
+    """`launch`, each rank importing everything itself."""
     port = free_port()
     base = {**os.environ, "FAULTS": faults, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.faulty", command, "-c", str(path), *arguments],
+            [sys.executable, "-m", "tests.faulty", "pretrain", "-c", str(path)],
             cwd=ROOT,
-            env=rank_environ(base, rank, ranks, port),
+            env=rank_environ(base, rank, 2, port),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(ranks)
+        for rank in range(2)
     ]
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
@@ -182,7 +190,7 @@ def test_a_signal_in_any_phase(tmp_path: Path, phase: str) -> None:
         train={"eval_interval": 3},
         checkpoint={"save_interval": 4},
     )
-    ended = launch(path, faults=faults)
+    ended = launch_programs(path, faults) if "import" in faults else launch(path, faults=faults)
     assert ended.codes == codes, ended.errors
     assert status(path)["status"] == told
     assert [name for name in checkpoints(path)] == there

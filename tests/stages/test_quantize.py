@@ -34,7 +34,7 @@ CALIBRATION = "quantize.calibration.samples=6"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in which a model was trained, at pipeline parallel 2."""
     recipe = write_recipe(tmp_path_factory.mktemp("quantize"), parallel={"pipeline_model_parallel_size": 2})
-    done = start("pretrain", "-c", str(recipe), launcher="torchrun")
+    done = start("pretrain", "-c", str(recipe), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return recipe.parent / "run"
 
@@ -203,7 +203,7 @@ def test_two_ranks_find_the_integers_of_one(run: Path, tmp_path: Path, scheme: s
         if name == "one":
             assert cli.main(["quantize", "--from", str(copied), *settings, *layout]) == 0
         else:
-            done = start("quantize", "--from", str(copied), *settings, *layout, launcher="torchrun")
+            done = start("quantize", "--from", str(copied), *settings, *layout, ranks=2)
             assert done.returncode == 0, done.stderr[-3000:]
         made[name] = _integers(copied)
     for name in ("TP2", "PP2"):
@@ -287,7 +287,7 @@ def test_groups_that_do_not_fit_a_shard_end_with_2_and_leave_everything(copy: Pa
     alone = "parallel.pipeline_model_parallel_size=1"
     assert quantize(copy, alone) == 0
     before = {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()}
-    done = start("quantize", "--from", str(copy), CALIBRATION, alone, *SHARDS_OF_GROUPS, "--fresh", launcher="torchrun")
+    done = start("quantize", "--from", str(copy), CALIBRATION, alone, *SHARDS_OF_GROUPS, "--fresh", ranks=2)
     assert SHARDS_SENTENCE in done.stderr and "Traceback (most" not in done.stdout
     assert "exitcode  : 2" in done.stderr, done.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()} == before
@@ -414,19 +414,19 @@ def test_pruned_weights_stay_zero(copy: Path, settings: list[str]) -> None:
 def test_training_with_rounding_at_another_layout(run: Path, tmp_path: Path) -> None:
     losses = {}
     layouts = {
-        "PP2": ("torchrun", ["parallel.pipeline_model_parallel_size=2", "deepspeed=ds_configs/zero1.json"]),
+        "PP2": (2, ["parallel.pipeline_model_parallel_size=2", "deepspeed=ds_configs/zero1.json"]),
         "TP2": (
-            "torchrun",
+            2,
             ["parallel.pipeline_model_parallel_size=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
         ),
-        "ZeRO 3": ("torchrun", ["parallel.pipeline_model_parallel_size=1", "deepspeed=ds_configs/zero3.json"]),
-        "one": (None, ["parallel.pipeline_model_parallel_size=1"]),
+        "ZeRO 3": (2, ["parallel.pipeline_model_parallel_size=1", "deepspeed=ds_configs/zero3.json"]),
+        "one": (1, ["parallel.pipeline_model_parallel_size=1"]),
     }
-    for name, (launcher, layout) in layouts.items():
+    for name, (ranks, layout) in layouts.items():
         copied = tmp_path / name / "run"
         shutil.copytree(run, copied, ignore=shutil.ignore_patterns("cache"))
         settings = [CALIBRATION, *QAT, "quantize.scheme=w8a8_static", "quantize.smoothquant={alpha: 0.5}", *layout]
-        done = start("quantize", "--from", str(copied), *settings, launcher=launcher)
+        done = start("quantize", "--from", str(copied), *settings, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         losses[name] = metrics(copied)["val_loss"]
         assert not (copied / "quantize" / "smoothed").exists()
