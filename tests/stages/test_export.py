@@ -123,6 +123,7 @@ def test_an_export_that_was_stopped_before_its_manifest_is_made_again(run: Path,
     assert not (copy / "export.old-1").exists()
 
 
+@pytest.mark.slow
 def test_formats_get_their_names_once_nothing_is_left_to_do(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import email
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.commands import run_command
 from tests.recipes import TINY
 from tests.tracking.wandb_records import config, header, history, runs
 
@@ -21,9 +20,7 @@ STEPS, CANARY = 6, "canary-7d20e"
 
 
 def pretrain(recipe: Path, *overrides: str) -> None:
-    environ = {**os.environ, "SECRET_TOKEN": CANARY, "WANDB_API_KEY": CANARY * 4}
-    command = [sys.executable, "-m", "largeformer", "pretrain", "-c", str(recipe), *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    (done,) = run_command("pretrain", "-c", str(recipe), *overrides, environ={"SECRET_TOKEN": CANARY, "WANDB_API_KEY": CANARY * 4})
     assert done.returncode == 0, done.stderr
 
 
