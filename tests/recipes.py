@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from largeformer.config.schema import Recipe
@@ -33,6 +35,13 @@ GPT2: dict[str, Any] = {
     "add_qkv_bias": True,
     "tie_embeddings": True,
 }
+
+
+def python_sources(*packages: str) -> list[dict[str, str]]:
+    """The modules of Python's own `packages` to train on, and one of a thousand tokens each to validate and to test on."""
+    library = Path(json.__file__).parent.parent
+    train = [{"path": str(library / name / "*.py"), "split": "1,0,0"} for name in packages]
+    return [*train, {"path": str(library / "json/scanner.py"), "split": "0,1,0"}, {"path": str(library / "json/tool.py"), "split": "0,0,1"}]
 
 
 def tiny_recipe(**sections: Mapping[str, Any] | str) -> Recipe:

@@ -52,7 +52,10 @@ def wait_for_all(rank: subprocess.Popen[str]) -> str:
         raise
 
 
-@pytest.mark.parametrize(("number", "end"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if "SIGUSR1" in name else ()) for name, case in CASES.items()],
+)
 def test_a_signal_to_all_is_seen_to_by_the_rank_alone(number: signal.Signals, end: str) -> None:
     rank, loading = start(RANK + end)
     assert len(loading) == 2

@@ -111,13 +111,13 @@ def main(folder: Path) -> None:
     write_sources(folder)
     first, all_three = ["a.jsonl", "b.txt"], ["a.jsonl", "b.txt", "c.jsonl"]
     found = {
-        "alone": trial(folder, None, lambda: prepare.run(recipe(folder, first, 1)), 10, seed=1),
+        "alone": trial(folder, None, lambda: prepare.run(recipe(folder, first, 1)), 5, seed=1),
         "two workers": trial(folder, None, lambda: prepare.run(recipe(folder, first, 2)), 2, seed=2),
     }
     shutil.rmtree(folder / "out")
     assert in_a_fork(lambda: prepare.run(recipe(folder, first, 1)), None)
     shutil.copytree(folder / "out", folder / "base")
-    found["append"] = trial(folder, folder / "base", lambda: prepare.run(recipe(folder, all_three, 1), append=True), 8, seed=3)
+    found["append"] = trial(folder, folder / "base", lambda: prepare.run(recipe(folder, all_three, 1), append=True), 4, seed=3)
     print(json.dumps(found))
 
 

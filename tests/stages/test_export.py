@@ -17,7 +17,7 @@ from largeformer import cli
 from largeformer.config.load import load_recipe
 from largeformer.data.tokenization.sentencepiece import SentencePieceTokenizer
 from largeformer.export.streaming import StoredTensors
-from tests.recipes import GPT2, TINY
+from tests.recipes import GPT2, TINY, python_sources
 from tests.stages.test_end_to_end import start, status
 
 transformers = pytest.importorskip("transformers")
@@ -27,12 +27,11 @@ FORMATS = ("hf", "hf-int8", "hf-int4")
 
 def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     """A recipe over the sources of Python's `email` package, of which two steps are trained."""
-    source = str(Path(json.__file__).parent.parent / "email" / "*.py")
     tree: dict[str, Any] = {
         **TINY,
         "run": {"name": "tiny", "output_dir": str(folder / "run"), "stages": ["prepare", "pretrain", "export"]},
         "tokenizer": {"vocab_size": 500},
-        "data": {"sources": [{"path": source}], "split": "80,10,10"},
+        "data": {"sources": python_sources("email")},
         "train": {**TINY["train"], "train_iters": 2, "eval_interval": 2, "eval_iters": 1},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
         "export": {"formats": [*FORMATS, "largeformer"], "group_size": 32, "gate_tokens": 256},

@@ -17,7 +17,7 @@ from largeformer.artifact import read_status, write_status
 from largeformer.compression.pruning import sparsity
 from largeformer.errors import StageFailed
 from largeformer.export.streaming import StoredTensors
-from tests.recipes import TINY
+from tests.recipes import TINY, python_sources
 from tests.stages.test_end_to_end import start
 
 STEPS = 4
@@ -25,12 +25,11 @@ STEPS = 4
 
 def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     """A recipe over the sources of Python's `email` package, of which a few steps are trained."""
-    source = str(Path(json.__file__).parent.parent / "email" / "*.py")
     tree: dict[str, Any] = {
         **TINY,
         "run": {"name": "tiny", "output_dir": str(folder / "run"), "stages": ["prepare", "pretrain"]},
         "tokenizer": {"vocab_size": 500},
-        "data": {"sources": [{"path": source}], "split": "90,5,5"},
+        "data": {"sources": python_sources("email")},
         "train": {**TINY["train"], "train_iters": STEPS, "eval_interval": STEPS, "eval_iters": 1},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
         "prune": {"calibration": {"samples": 8}},
