@@ -7,7 +7,7 @@
 #
 # Variables that change it:
 #   LARGEFORMER_PYTHON        the Python to build with              (default: the first of python3.11, 3.12, 3.13, python3)
-#   LARGEFORMER_TORCH         the version of PyTorch                (default: 2.13.0; 2.11.0 is what the GPU figures are made with)
+#   LARGEFORMER_TORCH         the version of PyTorch                (default: 2.13.0)
 #   LARGEFORMER_TORCH_INDEX   a package index for PyTorch alone     (default: pip's own; PyTorch keeps one for each CUDA version, and one for CPUs)
 
 LARGEFORMER_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
