@@ -79,6 +79,6 @@ class CachedGPT(nn.Module):
         grouped = query.reshape(b, self.groups, self.repeats * s, size)
         scores = (grouped * size**-0.5) @ key.transpose(2, 3)
         scores = scores.reshape(b, self.groups * self.repeats, s, -1) + mask
-        weights = F.softmax(scores, dim=-1).reshape(b, self.groups, self.repeats * s, -1)
+        weights = F.softmax(scores, dim=-1).to(value.dtype).reshape(b, self.groups, self.repeats * s, -1)
         context = (weights @ value).reshape(b, self.groups * self.repeats, s, size)
         return attention.o_proj(context.transpose(1, 2).flatten(2)), (key, value)

@@ -25,6 +25,8 @@ from largeformer.config.schema import ModelConfig
 from largeformer.models.hf_mapping import rows
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false"]
+# The source's own chain may say how it quantizes: each setting here says so itself.
+PLAIN = ["run.stages=[prepare, pretrain, quantize]", "quality.limits={}"]
 KEPT = ("perplexity_before", "perplexity", "perplexity_increase", "kl", "top1_agreement", "mean_error", "integer_layers", "tokens")
 
 
@@ -71,7 +73,12 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
     yield Setting("qat", f"W4A16, QAT, {steps} steps", [*four, *train])
     every = f"quantize.keep_float=[{', '.join(layers(model))}]"
     yield Setting("floats", f"floats, the same {steps} steps without rounding", [*four, *train, every])
-    yield Setting("floats-w4a16", f"W4A16, to nearest, after {steps} steps without rounding", four, after="floats")
+    yield Setting(
+        "floats-w4a16",
+        f"W4A16, to nearest, after {steps} steps without rounding",
+        [*four, "quantize.method=rtn", "quantize.keep_float=[]"],
+        after="floats",
+    )
 
 
 def group_size(model: ModelConfig) -> int:
@@ -90,7 +97,7 @@ def measure(setting: Setting, source: Path, folder: Path, further: Sequence[str]
     output.mkdir(parents=True, exist_ok=True)
     if setting.after is not None:
         source = folder / setting.after / "quantize"
-    overrides = [*QUIET, "quantize.error_threshold=10.0", "quantize.evaluation_tokens=65536", *setting.overrides, *further]
+    overrides = [*QUIET, *PLAIN, "quantize.error_threshold=10.0", "quantize.evaluation_tokens=65536", *setting.overrides, *further]
     command = ["quantize", "--from", str(source), f"run.output_dir={output}", *overrides]
     done = subprocess.run([sys.executable, "-m", "largeformer", *command], stderr=subprocess.PIPE, text=True, check=False)
     sys.stderr.write(done.stderr)

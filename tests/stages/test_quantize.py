@@ -120,7 +120,9 @@ def test_static_scales_reach_the_client_and_fused_layers_share_theirs(copy: Path
 def test_static_scales_are_measured_in_the_dtype_that_is_exported(copy: Path) -> None:
     settings = ["quantize.scheme=w8a8_static", "train.precision=bf16", "quantize.evaluation_tokens=256"]
     assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *settings) == 0
-    for module, given in description(copy).given.items():
+    described = description(copy).given
+    assert len(described) == 28
+    for module, given in described.items():
         assert given.input_scale is not None and torch.equal(given.input_scale.bfloat16().float(), given.input_scale), module
 
 
@@ -128,7 +130,7 @@ def test_static_scales_are_measured_in_the_dtype_that_is_exported(copy: Path) ->
 def test_gptq_is_exported_as_it_was_rounded(copy: Path) -> None:
     assert quantize(copy, "quantize.scheme=w4a16", "quantize.method=gptq", "quantize.group_size=16", "quantize.symmetric=false") == 0
     found, described = export(copy, "hf", "hf-int4"), description(copy)
-    assert described.scheme.group_size == 16 and not described.scheme.symmetric
+    assert described.scheme.group_size == 16 and not described.scheme.symmetric and len(described.given) == 28
     for module, given in described.given.items():
         weight = found["hf"][f"{module}.weight"]
         torch.testing.assert_close(rounded(weight, given, described.scheme), weight, rtol=1e-6, atol=1e-8)
@@ -461,6 +463,7 @@ def test_the_benchmark_goes_on_after_a_setting_that_fails(tmp_path: Path) -> Non
     code, (failed, floats, nearest) = figures()
     assert code == 1 and "exit code 2" in failed["failed"] and failed["name"] in (out / "quantization.md").read_text()
     assert floats["figures"]["mean_error"] is None and floats["figures"]["float_layers"] == 28
+    assert nearest["figures"]["float_layers"] == 0 and nearest["figures"]["integer_layers"] == 28, "the control is rounded"
     assert nearest["figures"]["perplexity_before"] == pytest.approx(floats["figures"]["perplexity"], rel=1e-6)
     in_the_way.unlink()
     code, (qat, *others) = figures()

@@ -144,7 +144,8 @@ def test_the_client_computes_what_evaluation_did(ranks: Any, name: str, tmp_path
     ours = found["inside"][..., : recipe.tokenizer.vocab_size]
     unrounded = found["before"][..., : recipe.tokenizer.vocab_size]
     # A sum that comes out in another order may round an activation to the next integer.
-    assert (logits - ours).norm() < 0.2 * (logits - unrounded).norm()
+    allowed = 0.2 if scheme.activations else 1e-3
+    assert (logits - ours).norm() < allowed * (logits - unrounded).norm()
 
 
 def test_errors_by_their_formula(ranks: Any) -> None:

@@ -23,7 +23,7 @@ SHAPES = {
 }
 
 
-def smoothed(ranks: RankContext, recipe: Recipe, projections: bool) -> dict[str, Any]:
+def smoothed(ranks: RankContext, recipe: Recipe, projections: bool, alpha: float = 0.5) -> dict[str, Any]:
     """Logits before and after, the weights, and the ranges of what goes into each layer."""
     with model_on(ranks, recipe) as model, torch.no_grad():
         for name, parameter in model.chunk.named_parameters():
@@ -36,7 +36,7 @@ def smoothed(ranks: RankContext, recipe: Recipe, projections: bool) -> dict[str,
             return torch.cat([model.chunk(b.tokens, b.position_ids, None, runtime_gather_output=True) for b in batches])
 
         before, ranges = logits(), channel_ranges(model.chunk, each, batches, model.groups)
-        smooth(model.chunk, layers, ranges, recipe.model, 0.5, projections)
+        smooth(model.chunk, layers, ranges, recipe.model, alpha, projections)
         after = logits()
         later = channel_ranges(model.chunk, each, batches, model.groups)
         return {
@@ -58,12 +58,14 @@ def test_the_same_logits_at_any_layout(ranks: Any, shape: dict[str, Any], projec
     assert all(relative_difference(two["weights"][name], weight) < 1e-5 for name, weight in one["weights"].items())
 
 
-def test_factors_by_their_formula(ranks: Any) -> None:
-    """At alpha 0.5 the ranges of input channel and column become equal: both are the root of their product."""
-    found = ranks(1).run(smoothed, tiny_recipe(model=LLAMA), True)[0]
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+def test_factors_by_their_formula(ranks: Any, alpha: float) -> None:
+    """Of the product of an input channel's range and its column's, the channel keeps the power 1 - alpha, and the column gets alpha."""
+    found = ranks(1).run(smoothed, tiny_recipe(model=LLAMA), True, alpha)[0]
     for name, (before, after) in found["ranges"].items():
         if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
-            torch.testing.assert_close(after, found["weights"][name].abs().amax(dim=0), rtol=1e-4, atol=1e-6)
+            columns = found["weights"][name].abs().amax(dim=0)
+            torch.testing.assert_close(after**alpha, columns ** (1 - alpha), rtol=1e-4, atol=1e-6)
             assert after.max() / after.median() < before.max() / before.median() or name.endswith("fc2")
 
 
