@@ -1,7 +1,7 @@
 """What each model of a chain is worth beside the first one: measured after its stage, kept in its manifest, held to `quality.limits`.
 
 RUN/<stage>/manifest.json   metrics.quality: size, loss and agreement over held-out text, latency by shape and threads
-RUN/quality.json, .svg      all of them, and the exports, once the chain has ended
+RUN/quality.json, .svg      all of them, and the exports, once the chain has ended; up to the stage that is beyond its limits where one is
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from largeformer.stages.common import prepared_data
 from largeformer.stages.common.deployed import deployed
 from largeformer.stages.common.weights import Source, find_source, inference_layout, shaped_like
 from largeformer.stages.common.world import World, enter_world, reporting
+from largeformer.stages.quality_report import write_report
 
 if TYPE_CHECKING:
     from largeformer.compression.quantization.description import Description
@@ -88,8 +89,9 @@ def is_judged(recipe: Recipe) -> bool:
 
 
 def assess(recipe: Recipe, entry: StageEntry) -> None:
-    """Measure the model that `entry` has left beside the chain's first one, and add it to the manifest, unless it stands there. Raises
-    StageFailed where it is beyond `quality.limits`; the stage counts as unfinished then."""
+    """Measure the model that `entry` has left beside the chain's first one, say what was found, and add it to the manifest, unless it
+    stands there. Raises StageFailed where it is beyond `quality.limits`: the stage counts as unfinished then, and the report of the
+    chain so far has its figures."""
     first = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.stage), enter_world(first, training=False) as world:
         folder = first_model(recipe)
@@ -99,19 +101,33 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
         assert artifact is not None, "the stage has just finished"
         key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.identity})
         held = artifact.metrics.get("quality", {})
-        found = held if held.get("key") == key else {"key": key, **_measure(model, reference, world, recipe.quality)}
+        is_new = held.get("key") != key
+        found = {"key": key, **_measure(model, reference, world, recipe.quality)} if is_new else held
         wrong = failures(found, recipe.quality.limits.get(entry.name, LimitsConfig()))
         found = {**found, "passed": not wrong}
+        judged = replace(artifact, metrics={**artifact.metrics, "quality": found})
 
         def record() -> None:
+            if is_new:
+                print(in_a_line(entry.name, found), flush=True)
             if wrong:
                 artifact.withdraw()
+                write_report(recipe, failed=judged)
             elif found != held:
-                replace(artifact, metrics={**artifact.metrics, "quality": found}).write()
+                judged.write()
 
         world.from_main(record)
         if wrong:
             raise StageFailed([f"{entry.name}: {problem}" for problem in wrong])
+
+
+def in_a_line(name: str, found: Mapping[str, Any]) -> str:
+    """The figures of the model of the stage `name` for the console: `found` is `metrics.quality` of its manifest."""
+    beside = f" ({found['perplexity_increase']:+.2%} beside {found['reference']})" if name != found["reference"] else ""
+    return (
+        f"{name}: perplexity {found['perplexity']:.4f}{beside}, {found['bits_per_byte']:.4f} bits/byte, KL {found['kl']:.2e}, "
+        f"same likeliest token {found['top1_agreement']:.2%} (test split, {found['tokens']:,} tokens)"
+    )
 
 
 def first_model(recipe: Recipe) -> Path | None:
@@ -149,8 +165,14 @@ def _measure(model: _Model, reference: _Model, world: World, settings: QualityCo
     theirs, ours = (deployed(_exact(one), world, one.source.checkpoint) for one in (reference, model))
     with theirs as reference_chunk, ours as chunk:
         found = compare(chunk, reference_chunk, windows, world.groups, tokenizer.piece_bytes)
-    sizes = {"parameters": model.parameters, "weight_bytes": model.bytes, "reference": reference.name}
-    return {**sizes, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings, seq_length))}
+    about = {
+        "parameters": model.parameters,
+        "weight_bytes": model.bytes,
+        "reference": reference.name,
+        "text": reference.source.prepared.identity,
+        "seq_length": seq_length,
+    }
+    return {**about, **found.metrics(), "latency": world.from_main(lambda: _latency(model, reference, settings, seq_length))}
 
 
 def _exact(model: _Model) -> Recipe:
