@@ -73,11 +73,36 @@ def test_every_stage_says_what_it_is_worth(recipe: Path) -> None:
     assert rows["quantize"]["perplexity"] == pytest.approx(rows["distill"]["perplexity"], rel=0.02)
     assert rows["quantize"]["perplexity"] != rows["distill"]["perplexity"], "it is rounded"
     assert rows["export/hf-int8"]["bytes"] < 0.6 * rows["export/hf"]["bytes"]
+    assert rows["export/hf"]["beside"] == "quantize, as floats", "which rounding to nearest has left as they were"
+    for figure in ("increase_from_first", "bits_per_byte"):
+        assert rows["export/hf"][figure] == pytest.approx(rows["distill"][figure], rel=1e-4)
     for name in MODELS:
         quality = Artifact.read(run / name)
         assert quality is not None and quality.metrics["quality"]["passed"]
         assert [row["shape"] for row in quality.metrics["quality"]["latency"]] == ["1x1 after 32", "2x16"]
     assert (run / "quality.svg").read_text().count("<circle") == len(rows)
+
+
+def test_two_ranks_find_the_same(recipe: Path, tmp_path: Path) -> None:
+    """The whole chain anew, each model and its measures split over them."""
+    one, two = recipe.parent / "run", tmp_path / "run"
+    layout = [f"run.output_dir={two}", "parallel.tensor_model_parallel_size=2"]
+    done = start("run", "-c", str(recipe), *layout, ranks=2, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("distill: perplexity") == 1, "one rank speaks"
+    ours, theirs = ({row["name"]: row for row in json.loads((run / "quality.json").read_text())} for run in (two, one))
+    assert list(ours) == list(theirs)
+    same = ("parameters", "beside", "passed")
+    for name, row in theirs.items():
+        assert {key: ours[name][key] for key in same} == {key: row[key] for key in same}
+        assert ours[name]["perplexity"] == pytest.approx(row["perplexity"], rel=1e-3), name
+        assert ours[name]["bits_per_byte"] == pytest.approx(row["bits_per_byte"], rel=2e-4), name
+        assert ours[name]["kl"] == pytest.approx(row["kl"], rel=0.01, abs=1e-5), name
+        assert ours[name]["top1_agreement"] == pytest.approx(row["top1_agreement"], abs=0.01), name
+    found, expected = (Artifact.read(run / "evaluate") for run in (two, one))
+    assert found is not None and expected is not None
+    assert found.metrics["tokens"] == expected.metrics["tokens"]
+    assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-4)
 
 
 def test_only_what_depends_on_a_change_is_done_again(recipe: Path) -> None:
