@@ -71,11 +71,12 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     """Export the checkpoint at `source` (default: the newest stage of the recipe's own run). Every rank computes the source's answers;
     then rank 0 works and the others wait. Raises BadInputError, or StageFailed where an export is too far from its source."""
     world_size = discover(os.environ).world_size
-    with reporting(recipe, STAGE), StopSignals.current().at_once():
+    entry = entry or entry_named(recipe, STAGE)
+    with reporting(recipe, entry.name), StopSignals.current().at_once():
         started = time.time() - _CLOCK_SLACK_S
         first = inference_layout(recipe, world_size)
         with enter_world(first, training=False) as world:
-            given = input_of(first, entry or entry_named(first, STAGE), source)
+            given = input_of(first, entry, source)
             plan = world.from_main(lambda: _plan(given, fresh))
             if plan.done is not None:
                 return plan.done
@@ -286,6 +287,6 @@ def _wait(plan: _Plan, since: float) -> Artifact:
         if there is not None and there.identity == plan.identity:
             return replace(there)
         status = read_status(plan.given.folder.parent) or {}
-        if status.get("status") == "failed" and status.get("stage") == STAGE and status.get("time", 0.0) >= since:
+        if status.get("status") == "failed" and status.get("stage") == plan.given.entry.name and status.get("time", 0.0) >= since:
             raise BadInputError(f"export failed on rank 0: {status.get('error', 'no reason given')}")
         time.sleep(_POLL_S)

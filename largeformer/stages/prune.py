@@ -49,7 +49,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     if staged.prune.trains:
         return _gradually(recipe, staged, source, fresh, entry)
     whole = inference_layout(recipe, discover(os.environ).world_size)
-    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
+    with reporting(recipe, entry.name), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
         given = input_of(whole, entry, source)
         work = _smaller if given.recipe.prune.structured else _sparser
         return _once(recipe, given, world, fresh, work)
@@ -59,7 +59,7 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
     """In a training at the recipe's layout; measured before and after at an inference layout."""
     check_world(staged)
     cut_short = interruptions.cut_short(recipe)
-    with reporting(recipe, STAGE) as report, enter_world(staged) as world:
+    with reporting(recipe, entry.name) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
         if given.source.prepared.kind != prepared_data.KIND:
             raise BadInputError(f"{given.source.checkpoint} has no prepared text to train on: prune at once, without prune.schedule")

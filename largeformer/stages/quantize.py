@@ -52,7 +52,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     if staged.quantize.trains:
         return _run_training(recipe, staged, source, fresh, entry)
     flat = inference_layout(recipe, discover(os.environ).world_size)
-    with reporting(recipe, STAGE), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
+    with reporting(recipe, entry.name), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
         given = input_of(recipe, entry, source)
         done, complete = _look(given, world, fresh)
         if complete:
@@ -67,7 +67,7 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
     """Train with rounding at the recipe's layout; smooth and calibrate before, and measure afterwards, at an inference layout."""
     check_world(staged)
     cut_short = interruptions.cut_short(recipe)
-    with reporting(recipe, STAGE) as report, enter_world(staged) as world:
+    with reporting(recipe, entry.name) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
         artifact, complete = _look(given, world, fresh)
         if complete:

@@ -49,13 +49,13 @@ class Accompanied:
 class TrainingJob:
     """What a training stage does, and how it differs from pretraining.
 
-    kind, folder, identity, parents (by the names that the manifest gives them): of the artifact that it ends with. continues: another
-    stage's training that it goes on with, optimizer and progress too, while it has no checkpoint of its own. start: a checkpoint whose
-    weights it begins with, with a fresh optimizer; without both, they are initialised from the seed. named: what a weight is called in
-    there. extend: gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to no model; what they
-    hold. alter: called with the chunks and the model's shards, their weights loaded, before the engine takes them: masks, another loss,
-    fake quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it sees each global
-    batch before the step. measure: further figures for the manifest, once training has ended.
+    kind, folder (named as the stage's entry is), identity, parents (by the names that the manifest gives them): of the artifact that it
+    ends with. continues: another stage's training that it goes on with, optimizer and progress too, while it has no checkpoint of its own.
+    start: a checkpoint whose weights it begins with, with a fresh optimizer; without both, they are initialised from the seed. named: what
+    a weight is called in there. extend: gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to
+    no model; what they hold. alter: called with the chunks and the model's shards, their weights loaded, before the engine takes them:
+    masks, another loss, fake quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it
+    sees each global batch before the step. measure: further figures for the manifest, once training has ended.
     """
 
     kind: str
@@ -166,8 +166,8 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
         tracker,
         job.folder,
         may_rewind=recipe.guards.rewinds and not rewinds,
-        stopping=interruptions.announcer(recipe, job.kind),
-        hanging=interruptions.hanging(recipe, job.kind),
+        stopping=interruptions.announcer(recipe, job.folder.name),
+        hanging=interruptions.hanging(recipe, job.folder.name),
     )
     feed = build_feed(recipe, world, job.prepared, chunks, guards.watchdog)
     accompanied = job.accompany(engine, LeavingOut(feed.open_at, state.progress.samples, rewinds))
