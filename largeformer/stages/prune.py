@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.training.engine import Engine
+    from largeformer.training.gradual import Masked
     from largeformer.training.trainer import BatchSource, Training
 
 STAGE = "prune"
@@ -77,7 +78,7 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
 
 
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
-    from largeformer.training.gradual import GradualPruning, Masked, hold_growing
+    from largeformer.training.gradual import GradualPruning, hold_growing
 
     recipe = given.recipe
     masked: list[Masked] = []
@@ -92,14 +93,26 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
     prepared = given.source.prepared
     parents = {name: parent for name, parent in given.parents.items() if parent is not prepared}
     identity, start = identity_hash(given.origin()), given.source.checkpoint
-    measure = partial(_sparsity_of, given, world)
+    measure = partial(_sparsity_of, given, world, masked)
     job = TrainingJob(STAGE, given.folder, identity, prepared, parents, start, alter, accompany, measure)
     return train(recipe, world, job, cut_short)
 
 
-def _sparsity_of(given: Input, world: World, training: Training) -> dict[str, Any]:
-    """Of the model that came out; before the manifest is written, so that a stage that has lost a zero has not finished. Collective."""
-    return world.from_main(lambda: _zeros(given, _made(given)))
+def _sparsity_of(given: Input, world: World, masked: Sequence[Masked], training: Training) -> dict[str, Any]:
+    """Of the model that came out; before the manifest is written, so that a stage that has lost a zero, of its start or of those that
+    grew, or has not reached its share, has not finished. Collective."""
+    from largeformer.compression.pruning.sparsity import assert_share
+    from largeformer.export.streaming import StoredTensors
+    from largeformer.training.gradual import assert_masks_kept
+
+    made, prune = world.from_main(lambda: _made(given)), given.recipe.prune
+    assert_masks_kept(made, masked)
+
+    def reached() -> dict[str, Any]:
+        assert_share(StoredTensors.of_checkpoint(made), prune.share, together=prune.scope == "global")
+        return _zeros(given, made)
+
+    return world.from_main(reached)
 
 
 def _made(given: Input) -> Path:

@@ -7,21 +7,28 @@ brought together but the new masks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from largeformer.checkpoint.format import Block
 from largeformer.compression.pruning.magnitude import kth_smallest
 from largeformer.compression.pruning.masks import qkv_rows
+from largeformer.compression.pruning.sparsity import refuse_lost
 from largeformer.config.prune import PruneConfig
 from largeformer.config.schema import ModelConfig
 from largeformer.models.shards import Shard
+from largeformer.parallel.agreement import gather
 from largeformer.parallel.batch import Batch
 from largeformer.parallel.groups import ParallelGroups
+from largeformer.training.checkpointing import open_tensors
 from largeformer.training.engine import Engine
+from largeformer.training.state import WEIGHTS
 from largeformer.training.trainer import BatchSource
 from largeformer.training.zero import link_moments, local_part, local_range, set_local_state
 
@@ -29,11 +36,12 @@ from largeformer.training.zero import link_moments, local_part, local_range, set
 @dataclass(frozen=True, eq=False)
 class Masked:
     """A parameter of a linear layer. zeros: bool, of its shape, True where it is 0 for good; grows in place. rows: int64, which of its
-    matrices (queries, keys, values; gate, up) each row belongs to."""
+    matrices (queries, keys, values; gate, up) each row belongs to. shards: what it holds of global tensors."""
 
     parameter: torch.nn.Parameter
     zeros: torch.Tensor
     rows: torch.Tensor
+    shards: Sequence[Shard]
 
 
 def hold_growing(shards: Sequence[Shard], model: ModelConfig) -> list[Masked]:
@@ -56,7 +64,18 @@ def _held(parameter: torch.nn.Parameter, own: Sequence[Shard], model: ModelConfi
         rows = torch.zeros(parameter.shape[0], dtype=torch.int64)
         for number, shard in enumerate(own):
             rows[shard.rows] = number
-    return Masked(parameter, zeros, rows)
+    return Masked(parameter, zeros, rows, own)
+
+
+def assert_masks_kept(checkpoint: Path, masked: Sequence[Masked]) -> None:
+    """Whatever the masks of all ranks say is 0 is so in the weights of `checkpoint`. Collective. Raises StageFailed, on every rank, where
+    it is not."""
+    stored, lost = open_tensors(checkpoint, WEIGHTS), Counter[str]()
+    for shard, zeros in ((shard, one.zeros) for one in masked for shard in one.shards if shard.main):
+        held = torch.empty(shard.shape)
+        stored.read([Block(shard.key, held, shard.offset, shard.global_shape)])
+        lost[shard.key] += int((held[shard.of(zeros).cpu()] != 0).sum())
+    refuse_lost(+sum(gather(lost), Counter[str]()))
 
 
 def share_at(step: int, prune: PruneConfig) -> float:

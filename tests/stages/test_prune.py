@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ import yaml
 
 from largeformer import cli
 from largeformer.artifact import read_status, write_status
-from largeformer.compression.pruning import sparsity
-from largeformer.errors import StageFailed
 from largeformer.export.streaming import StoredTensors
+from largeformer.training import gradual
 from tests.recipes import TINY, python_sources
 from tests.stages.test_end_to_end import start
 
@@ -151,14 +151,40 @@ def test_a_gradual_schedule_interrupted_is_the_same(prune: Any, trained: Path, r
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.names)
 
 
-def test_a_gradual_schedule_that_loses_a_zero_has_not_finished(prune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(parent: Any, child: Any) -> None:
-        raise StageFailed("a zero is gone")
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients are masked by the zeros of the start alone."""
+    held = gradual._held
+    monkeypatch.setattr(gradual, "_held", lambda *own: replace(one := held(*own), zeros=one.zeros.clone()))
 
+
+def half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradual, "share_at", lambda step, prune: prune.share / 2)
+
+
+BROKEN: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], str]] = {
+    "a zero that grew comes back": (forgotten, (), "pruned weights are not 0 any more"),
+    "the share is not reached": (half_way, (), "weights are 0, fewer than the 0.6 that were asked for"),
+    "the share of all is not reached": (half_way, ("prune.scope=global",), "all linear layers"),
+}
+
+
+@pytest.mark.parametrize(("harm", "settings", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_a_gradual_schedule_without_its_zeros_has_not_finished(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    settings: tuple[str, ...],
+    sentence: str,
+    prune: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(sparsity, "assert_zeros_kept", lost)
-        assert prune(*GRADUAL) == 1
+        harm(broken)
+        assert prune(*GRADUAL, *settings) == 1
+    assert sentence in capfd.readouterr().err
     assert not (prune.run / "prune" / "manifest.json").exists()
+
+
+def test_a_gradual_schedule_says_what_it_came_to(prune: Any) -> None:
     assert prune(*GRADUAL) == 0
     assert metrics(prune.run)["sparsity"]["overall"] == pytest.approx(0.6, abs=2e-3) and metrics(prune.run)["perplexity"] > 1
 

@@ -7,7 +7,7 @@ Linear layers are those of the Transformer layers: embeddings and the head are n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from largeformer.errors import StageFailed
 
 _LINEAR = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight(_[wv])?")
 _SHOWN = 3
+_MATRICES = 3
 
 
 class Readable(Protocol):
@@ -113,13 +114,35 @@ def zeros_lost(parent: Readable, child: Readable) -> Iterator[tuple[str, int]]:
 def assert_zeros_kept(parent: Readable, child: Readable) -> Count:
     """Every zero of the parent's linear layers is one in the child's. Returns the child's count. Raises StageFailed where not: no stage
     may hand on what it has not kept sparse."""
-    lost = dict(zeros_lost(parent, child))
+    refuse_lost(dict(zeros_lost(parent, child)))
+    return sum(count_zeros(child).values(), Count(0, 0))
+
+
+def refuse_lost(lost: Mapping[str, int]) -> None:
+    """Raises StageFailed where a weight has lost zeros: `lost` says how many, by name."""
     if lost:
-        names = list(lost)
-        more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
         problem = (
-            f"{sum(lost.values()):,} pruned weights are not 0 any more, in {', '.join(names[:_SHOWN])}{more}: "
-            "the stage must hold its parent's zeros, and what it has written is not to be used"
+            f"{sum(lost.values()):,} pruned weights are not 0 any more, in {_named(list(lost))}: "
+            "the stage must hold its parent's zeros and its own, and what it has written is not to be used"
         )
         raise StageFailed([problem])
-    return sum(count_zeros(child).values(), Count(0, 0))
+
+
+def assert_share(stored: Readable, share: float, *, together: bool) -> None:
+    """The share `share` of each linear layer's weights is 0, or of all of them `together`. A layer has up to three matrices of its own, in
+    each of which part of a weight may be missing to it. Raises StageFailed where it is not."""
+    counts = count_zeros(stored)
+    held = {"all linear layers": sum(counts.values(), Count(0, 0))} if together else counts
+    short = [name for name, count in held.items() if count.zeros < int(share * count.weights) - _MATRICES]
+    if short:
+        least = min(held[name].share for name in short)
+        problem = (
+            f"in {_named(short)} only {least:.4f} of the weights are 0, fewer than the {share} that were asked for: "
+            "what the stage has written is not to be used"
+        )
+        raise StageFailed([problem])
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
