@@ -16,7 +16,7 @@ from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.layout import stage_layers
-from largeformer.stages.common.inputs import Input, input_of
+from largeformer.stages.common.inputs import Input, input_of, weights_named
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
 
@@ -39,7 +39,8 @@ class Lesson:
         further = {"teacher": self.taught_by} if self.taught_by is not None else {}
         whole = self.given.recipe.identity("pretrain")
         about = {key: whole[key] for key in ("model", "tokenizer", "data")}
-        return {**self.given.origin(**further), "teacher_checkpoint": self.teacher_source.checkpoint.name, **about}
+        teacher = weights_named(self.teacher_source.checkpoint, self.taught_by)
+        return {**self.given.origin(**further), "teacher_checkpoint": teacher, **about}
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import yaml
 from safetensors import safe_open
 
 from largeformer import cli
+from largeformer.artifact import Artifact
+from largeformer.config.chain import entry_named
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.export.streaming import StoredTensors
 from largeformer.parallel.groups import destroy_groups
-from largeformer.stages.distill_pupils import chosen_layers, pairs_of
+from largeformer.stages.distill_pupils import chosen_layers, lesson_of, pairs_of
 from largeformer.training.checkpointing import load_weights
 from largeformer.training.saving import save_weights
 from tests.one_process import Built
@@ -241,6 +243,40 @@ def test_answers_of_another_teacher_are_refused(trained: Path, tmp_path: Path, c
     assert "temperature was 3.0, is 2.0" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (trained / "distill").rglob("*") if path.is_file()} == before
     assert not (trained / "distill.old-1").exists()
+
+
+@pytest.fixture(scope="module")
+def retrained(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint of the teacher's name, and other weights."""
+    folder = tmp_path_factory.mktemp("retrained")
+    recipe = write_recipe(folder, run={"output_dir": str(folder / "run"), "stages": ["prepare", "pretrain"], "seed": 7})
+    assert largeformer("run", "-c", str(recipe)) == 0
+    return folder / "run"
+
+
+PUPILS = {"previous": {"student": {}}, "of the teacher's layers": HALF, "new": NARROW}
+
+
+@pytest.mark.parametrize("settings", PUPILS.values(), ids=PUPILS)
+def test_a_teacher_that_has_not_finished_is_known_by_its_weights(
+    settings: dict[str, Any], trained: Path, retrained: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint's name says nothing of them. Of one that has, its manifest says it, and the name is enough."""
+    teacher = tmp_path / "teacher"
+
+    def origin(weights: Path, *, finished: bool) -> dict[str, Any]:
+        shutil.rmtree(teacher, ignore_errors=True)
+        shutil.copytree(weights, teacher)
+        if not finished:
+            (teacher / "pretrain" / "manifest.json").unlink()
+        recipe = load_recipe(str(write_recipe(trained.parent, distill={**settings, "teacher": str(teacher)})), [])
+        prepared = Artifact.read(trained / "prepare")
+        assert prepared is not None
+        return lesson_of(recipe, entry_named(recipe, "distill"), trained / "pretrain", prepared).origin()
+
+    one, same, other = (origin(run, finished=False) for run in (trained, trained, retrained))
+    assert one == same != other
+    assert origin(trained, finished=True)["teacher_checkpoint"] == "step_00000004"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -42,10 +42,14 @@ class Input:
     def origin(self, **further: Artifact) -> dict[str, Any]:
         """What makes the result what it is. `further`: other artifacts that it is made from, such as a teacher."""
         parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
-        checkpoint = self.source.checkpoint.name
-        if self.made_by is None:  # nobody has said yet what the weights are: their checksums do
-            checkpoint += f" {checksum(self.source.checkpoint)}"
+        checkpoint = weights_named(self.source.checkpoint, self.made_by)
         return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents}
+
+
+def weights_named(checkpoint: Path, made_by: Artifact | None) -> str:
+    """What an identity calls the weights of a checkpoint: by its name, beside the identity of its stage; where that has not finished
+    (`made_by` None) nobody has said yet what they are, and their checksums do. Raises OSError where it cannot be read."""
+    return checkpoint.name if made_by is not None else f"{checkpoint.name} {checksum(checkpoint)}"
 
 
 def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
