@@ -29,6 +29,7 @@ from largeformer.export.written import hugging_face_weights, onnx_weights
 from largeformer.models.hf_config import architecture
 from largeformer.models.hf_mapping import rows, shapes
 
+_DEFAULTS: tuple[ExportFormat, ...] = ("hf", "hf-int8", "onnx")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -101,7 +102,9 @@ def chosen(job: Job) -> list[ExportFormat]:
 
 
 def _defaults(job: Job) -> tuple[ExportFormat, ...]:
-    return ("hf", _format_of(job.quantized.scheme) if job.quantized is not None else "hf-int8", "onnx")
+    if job.quantized is None:
+        return _DEFAULTS
+    return ("hf", _format_of(job.quantized.scheme), "onnx")
 
 
 def _format_of(scheme: Scheme) -> ExportFormat:
@@ -119,10 +122,23 @@ def _misfits(name: ExportFormat, model: ModelConfig) -> list[str]:
     return []
 
 
-def _problems(name: ExportFormat, job: Job) -> list[str]:
+def library_problems(config: ExportConfig, model: ModelConfig) -> list[str]:
+    """A sentence for each of the recipe's formats, by default of those that can hold the shape, whose libraries are not installed: before
+    there is a model. They are looked for, not imported."""
+    formats = config.formats or tuple(name for name in _DEFAULTS if not _misfits(name, model))
+    return [problem for name in dict.fromkeys(formats) for problem in _missing(name)]
+
+
+def _missing(name: ExportFormat) -> list[str]:
     missing = [library for library in FORMATS[name].needs if find_spec(library) is None]
-    if missing:
-        return [f"export to {name} needs {' and '.join(missing)}: install them with pip install 'largeformer[export]'"]
+    if not missing:
+        return []
+    return [f"export to {name} needs {' and '.join(missing)}: install them with pip install 'largeformer[export]'"]
+
+
+def _problems(name: ExportFormat, job: Job) -> list[str]:
+    if missing := _missing(name):
+        return missing
     if misfits := _misfits(name, job.model):
         return misfits
     try:

@@ -16,6 +16,7 @@ from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
 from largeformer.stages.common.held_out import check_held_out
+from largeformer.stages.common.libraries import check_libraries
 from largeformer.stages.common.world import check_world, reporting
 from largeformer.stages.quality_report import write_report
 
@@ -45,6 +46,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     for entry in recipe.run.stages:
         if entry.stage in (*quality.TRAINED, *quality.DERIVED):
             check_world(at_stage(recipe, entry))
+    check_libraries(recipe, fresh=fresh)
     is_main = discover(os.environ).is_main
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):
