@@ -38,6 +38,7 @@ from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.claim import CONFIG, identity_in, set_aside
 from largeformer.stages.common.inputs import Input, input_of, record
+from largeformer.stages.common.sparse import is_sparse
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import enter_world, reporting
 from largeformer.stages.export_source import onnx_latency, reference, sample_texts
@@ -150,7 +151,7 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
     job = _job(plan.given.recipe, plan.given.source)
     texts = [] if plan.given.recipe.data.is_mock else sample_texts(plan.given.recipe, plan.given.source)
     parameters = parameter_count(plan.given.recipe.model, plan.given.recipe.tokenizer.vocab_size)
-    sparsity = _sparsity(job)
+    sparsity = _sparsity(job) if is_sparse(plan.given.source.checkpoint) else {}
     made, wrong = {}, []
     for name in plan.formats:
         target = plan.given.folder / f"{name}{_UNFINISHED}"
@@ -177,7 +178,7 @@ def _export(plan: _Plan, expected: Reference) -> Artifact:
 
 
 def _sparsity(job: Job) -> dict[str, Any]:
-    """What the manifest says of the source's zeros, as `prune` does; nothing where there are none."""
+    """What the manifest says of a pruned source's zeros, as `prune` does; nothing where there are none."""
     from largeformer.compression.pruning.sparsity import has_zeros, sparsity_metrics
 
     return {"sparsity": sparsity_metrics(job.source)} if has_zeros(job.source) else {}

@@ -110,6 +110,16 @@ def test_an_export_says_how_sparse_it_is(copy: Path) -> None:
     assert found["formats"]["hf-int8"]["sparsity"]["model"]["zeros"] >= source["zeros"]
 
 
+def test_zeros_of_a_model_that_was_never_pruned_are_told_of_nowhere(copy: Path) -> None:
+    """Whose rounded weights are often 0."""
+    recipe = str(write_recipe(copy.parent, export={"formats": ["largeformer"]}))
+    assert cli.main(["quantize", "-c", recipe, "--from", str(copy / "pretrain"), "quantize.method=gptq"]) == 0
+    assert any(count.zeros for count in count_zeros(stored(copy, "quantize")).values())
+    assert cli.main(["export", "-c", recipe, "--from", str(copy / "quantize")]) == 0
+    found = metrics(copy, "export")
+    assert "sparsity" not in found and "sparsity" not in found["formats"]["largeformer"]
+
+
 @pytest.mark.parametrize(("name", "harm"), HARM.values(), ids=HARM)
 def test_an_export_that_has_lost_a_zero_fails(
     name: str,
