@@ -43,7 +43,10 @@ def architecture(model: ModelConfig) -> Architecture:
         if getattr(model, key) not in values
     ]
     if is_gpt2 and (model.query_groups != model.num_attention_heads or model.head_dim * model.num_attention_heads != model.hidden_size):
-        wrong.append("a Hugging Face GPT-2 has no num_query_groups or kv_channels of its own; leave both out")
+        wrong.append(
+            "a Hugging Face GPT-2 has heads of hidden_size / num_attention_heads, and as many query groups: leave out "
+            "model.num_query_groups and model.kv_channels; a model whose heads or width were pruned can be exported to onnx or largeformer"
+        )
     if wrong:
         raise BadInputError(wrong)
     if is_gpt2:

@@ -2,7 +2,7 @@
 
     checkpoints/            the weights, still floats: smoothed, on GPTQ's grid, or trained with rounding
     quantization.json       what becomes of them, and quantization.safetensors: the scales; `export` writes the integers by them
-    layers.json             how far off each linear layer's output is
+    layers.json             how far off each linear layer's output is, and which are kept
     manifest.json           last of all: the model beside what it was, on held-out text
 
 Calibration runs without pipeline stages, whose ranks read other text instead; only quantization-aware training uses the recipe's layout.
@@ -167,7 +167,7 @@ def _finish(given: Input, world: World, artifact: Artifact, trained: Source | No
 
 def _print(made: Made) -> None:
     """The layers that are furthest off, those that stay floats, and what came of it."""
-    worst = sorted(made.table.items(), key=lambda row: -row[1]["relative_error"])
+    worst = sorted((row for row in made.table.items() if not row[1]["kept"]), key=lambda row: -row[1]["relative_error"])
     width = max((len(name) for name, _ in worst), default=0)
     print(f"{'the linear layers furthest off':{width + 4}}  error   SQNR")
     for name, row in worst[:_SHOWN]:

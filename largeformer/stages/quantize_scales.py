@@ -17,6 +17,7 @@ from largeformer.stages.common.calibrating import calibration
 from largeformer.stages.common.inputs import Input, take
 from largeformer.stages.common.sparse import sparsity_kept
 from largeformer.stages.common.weights import Source, load_model
+from largeformer.stages.quantize_table import error_table, worst
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,8 @@ SMOOTHED = "smoothed"
 
 @dataclass(frozen=True)
 class Made:
-    """What the stage has found. table: by Hugging Face's layer, `relative_error`, `sqnr_db`, and whether it stays float."""
+    """What the stage has found. table: by Hugging Face's layer whether it stays `float`, and whether because it is `kept`; of the
+    others `relative_error` and `sqnr_db`."""
 
     description: Description
     table: dict[str, dict[str, Any]]
@@ -216,8 +218,8 @@ def quantize(given: Input, world: World, trained: Source | None, config_yaml: st
     zeros = world.from_main(lambda: sparsity_kept(given.source.checkpoint, checkpoint, deployed=integers))
     with quantized(work.scheme, scales, world.groups):
         quality = _beside_the_given(work, given)
-    table = {name: {"relative_error": error.relative, "sqnr_db": error.sqnr_db, "float": name in ignore} for name, error in errors.items()}
-    return Made(described, table, {**_metrics(work, quality), "float_layers": list(ignore), **zeros, **_worst(table)})
+    table = error_table(names.all(work.each), errors, ignore)
+    return Made(described, table, {**_metrics(work, quality), "float_layers": list(ignore), **zeros, **worst(table)})
 
 
 def local(linear: Linear) -> torch.Tensor:
@@ -303,14 +305,6 @@ def _metrics(work: _Work, quality: Quality) -> dict[str, Any]:
         "split": "test",
         **found,
     }
-
-
-def _worst(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Over the layers that become integers."""
-    errors = {name: row["relative_error"] for name, row in table.items() if not row["float"]}
-    worst = max(errors, key=errors.__getitem__, default=None)
-    mean = sum(errors.values()) / len(errors) if errors else None
-    return {"integer_layers": len(errors), "worst_layer": worst, "worst_error": errors.get(worst or ""), "mean_error": mean}
 
 
 def _exact(recipe: Recipe) -> Recipe:

@@ -159,6 +159,20 @@ def test_bad_input_exits_with_2_and_writes_nothing(
     assert not (copy / "export").exists()
 
 
+def test_a_gpt2_whose_heads_were_pruned_is_refused_where_its_format_has_no_such_shape(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two heads of 16 in a width of 64: the default formats leave it out."""
+    recipe = str(write_recipe(tmp_path, model={**GPT2, "num_layers": 2}))
+    assert cli.main(["pretrain", "-c", recipe]) == 0
+    assert cli.main(["prune", "-c", recipe, "prune={importance: weight, num_attention_heads: 2}"]) == 0
+    export = ["export", "-c", recipe, "--from", str(tmp_path / "run" / "prune"), "export.formats=[hf, largeformer]"]
+    assert cli.main(export) == 2
+    error = capfd.readouterr().err
+    assert "export to hf: a Hugging Face GPT-2 has heads of hidden_size / num_attention_heads" in error and "Traceback" not in error
+    assert not (tmp_path / "run" / "export").exists()
+
+
 def test_an_export_too_far_from_its_source_fails_and_is_left_aside(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", "--from", str(copy), "export.formats=[hf-int8]"]
     assert cli.main([*arguments, "export.thresholds.max_kl=1e-12"]) == 1

@@ -210,6 +210,14 @@ def test_a_chain_with_two_prunings(prune: Any, recipe: Path) -> None:
     assert second["perplexity_before"] == pytest.approx(metrics(prune.run)["perplexity"], rel=1e-6)
 
 
+def cut_by_another_tokenizer(prepared: Path, folder: Path) -> None:
+    """The text of a `prepare` folder, as if another tokenizer had cut it."""
+    shutil.copytree(prepared, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["metrics"]["tokenizer_sha256"] = "2222"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 BAD = {
     "no head": (["prune.num_attention_heads=1"], "prune.num_attention_heads 1 leaves no equal number of heads"),
     "no layer": (["prune.method=depth", "prune.num_layers=0"], "prune.num_layers is 0, which should be above 0"),
@@ -219,13 +227,25 @@ BAD = {
     "other method's": (["prune.sparsity=0.5"], "prune.sparsity is 0.5, which prune.method width does not read"),
     "pattern": (["prune.method=wanda", "prune.pattern=2:7"], "prune.pattern 2:7 does not divide model.hidden_size 64"),
     "no text": (["prune.calibration.text=/nowhere"], "calibration.text /nowhere cannot be read"),
+    "another tokenizer's text": (["prune.calibration.text=others"], "calibration.text others was cut by another tokenizer (2222)"),
+    "another tokenizer's text, for zeros": (
+        ["prune.method=wanda", "prune.calibration.text=others"],
+        "calibration.text others was cut by another tokenizer (2222)",
+    ),
 }
 
 
 @pytest.mark.parametrize(("overrides", "sentence"), BAD.values(), ids=BAD)
 def test_bad_input_exits_with_2_and_leaves_all_as_it_was(
-    prune: Any, overrides: list[str], sentence: str, capfd: pytest.CaptureFixture[str]
+    prune: Any,
+    overrides: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut_by_another_tokenizer(prune.run / "prepare", tmp_path / "others")
     assert prune(*overrides) == 2
     error = capfd.readouterr().err
     assert sentence in error and "Traceback" not in error

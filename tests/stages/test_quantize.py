@@ -24,6 +24,7 @@ from largeformer.models.hf_mapping import to_hugging_face
 from tests.recipes import GPT2
 from tests.stages.test_end_to_end import ROOT, start
 from tests.stages.test_export import write_recipe
+from tests.stages.test_prune import cut_by_another_tokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
@@ -165,6 +166,7 @@ def test_layers_beyond_the_threshold_stay_floats_everywhere(copy: Path, capfd: p
     assert quantize(copy) == 0
     table = json.loads((copy / "quantize" / "layers.json").read_text())
     errors = sorted((row["relative_error"] for row in table.values()), reverse=True)
+    assert not any(row["kept"] for row in table.values())
     threshold = (errors[1] + errors[2]) / 2
     assert quantize(copy, f"quantize.error_threshold={threshold}", "quantize.keep_float=[model.layers.0.self_attn.q_proj]", "--fresh") == 0
     ignored = set(description(copy).ignore)
@@ -249,6 +251,10 @@ BAD = {
     "asymmetric with activations": (["quantize.symmetric=false"], "quantize.symmetric false does not go with quantize.scheme w8a8"),
     "no text": (["quantize.calibration.text=empty.txt"], "the calibration text has 0 tokens"),
     "text that is not there": (["quantize.calibration.text=nowhere.txt"], "calibration.text nowhere.txt cannot be read"),
+    "text that another tokenizer cut": (
+        ["quantize.calibration.text=others"],
+        "calibration.text others was cut by another tokenizer (2222)",
+    ),
     "observer of the weights": (["quantize.method=qat", "quantize.weight_observer=mse"], "does not go with quantize.method qat"),
 }
 
@@ -259,6 +265,7 @@ def test_bad_input_exits_with_2_and_leaves_everything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
+    cut_by_another_tokenizer(copy / "prepare", tmp_path / "others")
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.name != "status.json"}
     assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *overrides) == 2
     error = capfd.readouterr().err
@@ -295,11 +302,14 @@ def test_groups_that_do_not_fit_a_shard_end_with_2_and_leave_everything(copy: Pa
     assert {path: path.stat().st_mtime_ns for path in (copy / "quantize").rglob("*") if path.is_file()} == before
 
 
-def test_layers_that_stay_floats_may_be_of_any_size(copy: Path) -> None:
+def test_layers_that_stay_floats_may_be_of_any_size(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     kept = [f"model.layers.{layer}.mlp.down_proj" for layer in range(4)]
     settings = ["quantize.scheme=w4a16", "quantize.group_size=64", "quantize.evaluation_tokens=256", "quantize.error_threshold=10"]
     assert quantize(copy, *settings, f"quantize.keep_float=[{', '.join(kept)}]") == 0
     assert metrics(copy)["float_layers"] == kept
+    table = json.loads((copy / "quantize" / "layers.json").read_text())
+    assert len(table) == 28 and [name for name, row in table.items() if row["kept"]] == kept
+    assert f"4 of 28 stay floats: {', '.join(kept)}" in capfd.readouterr().out
 
 
 FRESHLY_REFUSED = {
