@@ -17,11 +17,13 @@ from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
+from largeformer.stages.common.deployed import deployed
 from largeformer.stages.common.inputs import Input, input_of
-from largeformer.stages.common.weights import inference_layout, load_model
+from largeformer.stages.common.weights import inference_layout
 from largeformer.stages.common.world import World, enter_world
 
 if TYPE_CHECKING:
+    from largeformer.data.packing import Packing
     from largeformer.data.windows import Windows
 
 
@@ -30,17 +32,20 @@ def run(recipe: Recipe, source: Path | None, folder: Path) -> None:
 
     Raises BadInputError where the data are mock, or `folder` holds something already.
     """
+    from largeformer.data.packing import Packing
+
     recipe = inference_layout(recipe, discover(os.environ).world_size)
     with enter_world(recipe, training=False) as world:
         given = input_of(recipe, entry_named(recipe, "evaluate"), source)
         world.from_main(lambda: _claim(folder, given.recipe))
-        (model,) = load_model(given.recipe, world, given.source.checkpoint)
-        for windows in _sources(given):
-            scores = _scores(windows, model, given.recipe, world)
-            if world.info.is_main:
-                np.save(folder / f"{windows.dataset_path}.npy", scores)
-                told = f"{scores.min():.3f} to {scores.max():.3f} nats a token, mean {scores.mean():.3f}"
-                print(f"{windows.dataset_path}: {len(scores):,} samples, {told}")
+        packing = Packing.of(given.recipe.data, prepared_data.open_tokenizer(given.recipe, given.source.prepared.path).eod)
+        with deployed(given.recipe, world, given.source.checkpoint) as model:
+            for windows in _sources(given):
+                scores = _scores(windows, model, packing, given.recipe, world)
+                if world.info.is_main:
+                    np.save(folder / f"{windows.dataset_path}.npy", scores)
+                    told = f"{scores.min():.3f} to {scores.max():.3f} nats a token, mean {scores.mean():.3f}"
+                    print(f"{windows.dataset_path}: {len(scores):,} samples, {told}")
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
@@ -70,8 +75,9 @@ def _sources(given: Input) -> list[Windows]:
     return splits.train.windows
 
 
-def _scores(windows: Windows, model: Any, recipe: Recipe, world: World) -> np.ndarray:
-    """float32[windows], alike on every rank. Collective; the data ranks share the windows."""
+def _scores(windows: Windows, model: Any, packing: Packing, recipe: Recipe, world: World) -> np.ndarray:
+    """float32[windows], alike on every rank: documents are told apart, and their ends counted, as in training. Collective; the data ranks
+    share the windows."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -79,14 +85,15 @@ def _scores(windows: Windows, model: Any, recipe: Recipe, world: World) -> np.nd
     at, layout = world.groups.coordinates, world.groups.layout
     scores = torch.zeros(windows.windows, device=world.device)
     mine = range(at.data, windows.windows, layout.data)
-    positions = torch.arange(recipe.model.seq_length, device=world.device)
     with torch.no_grad():
         for first in range(0, len(mine), recipe.train.micro_batch_size):
             numbers = list(mine[first : first + recipe.train.micro_batch_size])
-            ids = torch.from_numpy(np.stack([windows.read(number) for number in numbers])).to(world.device)
-            tokens, labels = ids[:, :-1], ids[:, 1:]
-            logits = model(tokens, positions.expand_as(tokens), None, runtime_gather_output=True)[..., : recipe.tokenizer.vocab_size]
-            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-            scores[numbers] = losses.mean(dim=1)
+            ids = np.stack([windows.read(number) for number in numbers])
+            whole = np.ones((len(ids), recipe.model.seq_length), dtype=np.float32)
+            batch = packing.batch(ids[:, :-1].copy(), ids[:, 1:].copy(), whole).to(world.device)
+            logits = model(batch.tokens, batch.position_ids, batch.attention_mask(), runtime_gather_output=True)
+            logits = logits[..., : recipe.tokenizer.vocab_size].float().flatten(0, 1)
+            losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none").view(batch.labels.shape)
+            scores[numbers] = (losses * batch.loss_mask).sum(dim=1) / batch.loss_mask.sum(dim=1).clamp(min=1.0)
     dist.all_reduce(scores, group=world.groups.data)
     return scores.cpu().numpy()

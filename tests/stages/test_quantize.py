@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -310,6 +311,21 @@ def test_layers_that_stay_floats_may_be_of_any_size(copy: Path, capfd: pytest.Ca
     table = json.loads((copy / "quantize" / "layers.json").read_text())
     assert len(table) == 28 and [name for name, row in table.items() if row["kept"]] == kept
     assert f"4 of 28 stay floats: {', '.join(kept)}" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_samples_are_scored_as_the_integers_compute(copy: Path, tmp_path: Path) -> None:
+    """The stage's checkpoint, rounded to nearest, still holds the floats that it was given."""
+    settings = ["quantize.scheme=w4a16", "quantize.group_size=32", "quantize.evaluation_tokens=256", "quantize.error_threshold=10"]
+    assert quantize(copy, "parallel.pipeline_model_parallel_size=1", *settings) == 0
+    many = ["train.micro_batch_size=128", "train.global_batch_size=128"]
+    for name in ("pretrain", "quantize"):
+        assert cli.main(["evaluate", "--from", str(copy / name), "--scores", str(tmp_path / name), *many]) == 0
+    floats, integers = (
+        np.concatenate([np.load(path) for path in sorted((tmp_path / name).glob("*.npy"))]) for name in ("pretrain", "quantize")
+    )
+    np.testing.assert_allclose(integers, floats, rtol=0.05)
+    assert (integers != floats).mean() > 0.9
 
 
 FRESHLY_REFUSED = {
