@@ -131,9 +131,13 @@ def _open(source: Path) -> StoredTensors:
 
 def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, made: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
+    from largeformer.parallel.device import machine_problems
+
     model, name = held.model, _tokenizer_name(source)
     tokenizer = dict(held.tokens) if name is None else _tokenizer_section(source, name, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
+    if machine_problems(precision, 0):  # what the weights are stored in, this machine cannot compute in; float32 holds their numbers
+        precision = "fp32"
     tree = {
         "run": {"name": folder.parent.name, "output_dir": str(folder.parent)},
         "model": model.model_dump(mode="json"),

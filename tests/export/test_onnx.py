@@ -164,6 +164,24 @@ def test_every_shape(name: str, tmp_path: Path) -> None:
     assert (OnnxClient(integers, threads=1).logits(tokens) - plain(tokens)).norm() / plain(tokens).norm() < 0.1
 
 
+@torch.no_grad()
+def test_weights_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs hold two gigabytes at most: weights beyond that stand in files of their own, which move with the folder."""
+    monkeypatch.setattr(onnx, "_LARGEST_INLINE", 0)
+    plain, model = plain_model("llama", hidden_size=256, ffn_hidden_size=512)
+    (tmp_path / "made").mkdir()
+    integers = onnx.write_int8(onnx.write_float(plain, model, tmp_path / "made"), (), reduce_range=not onnx.has_vnni())
+    assert onnx.count_products(integers)["float"] == 0 and onnx.bad_scales(integers) == []
+    folder = (tmp_path / "made").rename(tmp_path / "moved")
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sorted(sizes) == ["model.onnx", "model.onnx.data", "model_int8.onnx", "model_int8.onnx.data"]
+    assert sizes["model.onnx"] < 0.1 * sizes["model.onnx.data"] and sizes["model_int8.onnx.data"] <= 0.3 * sizes["model.onnx.data"]
+    tokens = tokens_of(2, 20)
+    torch.testing.assert_close(OnnxClient(folder / "model.onnx", threads=1).logits(tokens), plain(tokens), rtol=0, atol=1e-4)
+    answers = OnnxClient(folder / "model_int8.onnx", threads=1).logits(tokens)
+    assert (answers - plain(tokens)).norm() / plain(tokens).norm() < 0.1
+
+
 def test_the_twin_takes_the_checkpoints_weights(tmp_path: Path) -> None:
     plain, model = plain_model("llama")
     save_file(from_hugging_face(plain.state_dict(), model, 250, "llama"), tmp_path / "a.safetensors")

@@ -214,6 +214,25 @@ def test_two_ranks_export_what_one_exports(run: Path, copy: Path) -> None:
         assert (copy / "export" / name / "model.safetensors").read_bytes() == (run / "export" / name / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_sixteen_bits_there_and_back(copy: Path, tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
+    """Folders in 16 bits pass the gate in their clients; what is imported from one is exported again bit for bit."""
+    assert cli.main(["export", "--from", str(copy), f"export.dtype={dtype}", "export.formats=[hf, hf-int8, largeformer]"]) == 0
+    first = copy / "export"
+    held = load_file(first / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {stored}
+    assert transformers.AutoModelForCausalLM.from_pretrained(first / "hf", dtype="auto").dtype == stored
+    integers = load_file(first / "hf-int8" / "model.safetensors")
+    assert {tensor.dtype for tensor in integers.values()} == {stored, torch.int8}
+    for name in ("hf", "largeformer"):
+        imported = tmp_path / name
+        assert cli.main(["import", "--from", str(first / name), "-o", str(imported)]) == 0
+        shutil.copytree(copy / "prepare", imported / "prepare")
+        assert cli.main(["export", "--from", str(imported), "export.formats=[hf]"]) == 0
+        again = load_file(imported / "export" / "hf" / "model.safetensors")
+        assert again.keys() == held.keys() and all(torch.equal(again[key], held[key]) for key in held)
+
+
 @pytest.mark.slow
 def test_import_is_the_way_back(run: Path, tmp_path: Path) -> None:
     imported = tmp_path / "imported"
