@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from largeformer.config.export import ThresholdsConfig
 
 GENERATED = 32
+_TOKENS = 256
 
 
 class Client(Protocol):
@@ -78,17 +79,13 @@ INT4 = ThresholdsConfig(max_kl=0.5, max_perplexity_increase=0.25)
 
 
 def compare(reference: Reference, client: Client) -> Comparison:
-    """The client's answers against the source's, a window at a time."""
+    """The client's answers against the source's."""
     largest = mean = kl = source_loss = loss = 0.0
     agree = count = 0
-    for index in range(len(reference.tokens)):
-        kept = reference.counted[index]
-        ours = reference.window(index)[kept].double()
-        theirs = client.logits(reference.tokens[index : index + 1])[0][kept].double()
-        labels = reference.labels[index][kept]
+    for ours, theirs, labels in _answers(reference, client):
         difference = (ours - theirs).abs()
         # NaN is larger than any threshold, and Python's max would lose it.
-        largest = float(torch.tensor([largest, difference.max().nan_to_num(math.inf).item()]).max()) if len(difference) else largest
+        largest = float(torch.tensor([largest, difference.max().nan_to_num(math.inf).item()]).max())
         mean += difference.mean(dim=1).sum().item()
         p, q = ours.log_softmax(dim=1), theirs.log_softmax(dim=1)
         kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
@@ -107,6 +104,16 @@ def compare(reference: Reference, client: Client) -> Comparison:
         perplexity=_exp(loss / count),
         same_continuation=continuation == reference.continuation,
     )
+
+
+def _answers(reference: Reference, client: Client) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The source's and the client's logits of the counted tokens, float64[n, v], and their labels, int64[n]: `n` at most `_TOKENS`."""
+    for index, kept in enumerate(reference.counted):
+        theirs = client.logits(reference.tokens[index : index + 1])[0]
+        ours, labels = reference.window(index), reference.labels[index]
+        for part in kept.nonzero().flatten().split(_TOKENS):
+            if len(part):
+                yield ours[part].double(), theirs[part].double(), labels[part]
 
 
 def failures(found: Comparison, defaults: ThresholdsConfig, given: ThresholdsConfig) -> list[str]:

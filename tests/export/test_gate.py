@@ -38,7 +38,9 @@ def reference(folder: Path) -> Reference:
     return Reference(TOKENS, TOKENS.roll(-1, 1), counted, folder / "logits.npy", [0], [1, 2])
 
 
-def test_figures_are_their_formulas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [256, 3, 1])
+def test_figures_are_their_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("largeformer.export.gate._TOKENS", at_once)
     noise = 0.3 * torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(2))
     found = compare(reference(tmp_path), Stub(LOGITS + noise, [1, 3]))
     kept = torch.tensor([True] * 6 + [False] * 2)
