@@ -177,7 +177,7 @@ def show(rows: Sequence[Row]) -> None:
     cases = list(dict.fromkeys(case for row in timed for case in row.latency_ms))
     if timed:
         _print_table(
-            "latency [ms], and times the first's",
+            "latency in ms, and times the first's",
             (*cases, "tokens/s at best"),
             {row.name: (*(_latency(row, case) for case in cases), _number(row.tokens_per_s, ",.0f")) for row in timed},
         )

@@ -107,7 +107,7 @@ def test_latency_is_told_beside_the_first_models(tmp_path: Path, capsys: pytest.
     row = report(tmp_path, exported(), OF_PRUNE)["prune"]
     assert row["latency_ms"] == {"1x1, 1 thread": 3.0} and row["latency_ratio"] == {"1x1, 1 thread": 0.75}
     told = capsys.readouterr().out
-    assert "3.00 x0.75" in told and "1,234" in told and "tokens/s" in told
+    assert "latency in ms" in told and "3.00 x0.75" in told and "1,234" in told and "tokens/s" in told
 
 
 def test_a_stage_that_failed_is_the_last_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
