@@ -44,7 +44,7 @@ class CachedGPT(nn.Module):
         for layer, cache in zip(decoder.layers, past_key_values, strict=True):
             hidden, cache = self._layer(layer, hidden, rotary, mask, cache)
             present.append(cache)
-        return self.plain.lm_head(decoder.norm(hidden)), present
+        return self.plain.lm_head(_normed(decoder.norm, hidden)), present
 
     @staticmethod
     def _mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -59,9 +59,9 @@ class CachedGPT(nn.Module):
         self, layer: nn.Module, hidden: torch.Tensor, rotary: Cache | None, mask: torch.Tensor, cache: Cache
     ) -> tuple[torch.Tensor, Cache]:
         assert isinstance(layer, Layer)
-        attended, cache = self._attention(layer.self_attn, layer.input_layernorm(hidden), rotary, mask, cache)
+        attended, cache = self._attention(layer.self_attn, _normed(layer.input_layernorm, hidden), rotary, mask, cache)
         hidden = hidden + attended
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), cache
+        return hidden + layer.mlp(_normed(layer.post_attention_layernorm, hidden)), cache
 
     def _attention(
         self, attention: Attention, hidden: torch.Tensor, rotary: Cache | None, mask: torch.Tensor, cache: Cache
@@ -72,7 +72,7 @@ class CachedGPT(nn.Module):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            query, key = rotate(torch.cat([query, key], dim=1), *rotary).split([query.shape[1], key.shape[1]], dim=1)
         key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
         # The queries of a group stand below each other: one product with the keys of their group, none of them copied.
         b, s = hidden.shape[:2]
@@ -82,3 +82,11 @@ class CachedGPT(nn.Module):
         weights = F.softmax(scores, dim=-1).to(value.dtype).reshape(b, self.groups, self.repeats * s, -1)
         context = (weights @ value).reshape(b, self.groups * self.repeats, s, size)
         return attention.o_proj(context.transpose(1, 2).flatten(2)), (key, value)
+
+
+def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What `norm` gives, by the division that onnxruntime knows for one operation; exported as it is, an RMSNorm is seven."""
+    if not isinstance(norm, nn.RMSNorm):
+        return norm(hidden)  # type: ignore[no-any-return]
+    assert norm.eps is not None
+    return hidden / torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight

@@ -14,8 +14,15 @@ import yaml
 
 # A short training on its own, whatever the teacher's was.
 COURSE: dict[str, Any] = {
-    "train": {"train_iters": 300, "eval_interval": 100},
-    "optimizer": {"lr": 1.0e-3, "lr_decay_style": "cosine", "lr_wsd_decay_iters": None, "lr_warmup_iters": 20},
+    "train": {"train_iters": 300, "eval_interval": 100, "early_stopping": None},
+    "optimizer": {
+        "lr": 1.0e-3,
+        "min_lr": 2.0e-5,
+        "lr_decay_style": "cosine",
+        "lr_decay_iters": None,
+        "lr_wsd_decay_iters": None,
+        "lr_warmup_iters": 20,
+    },
 }
 QUALITY = {"tokens": 65536, "shapes": [[1, 128]]}
 

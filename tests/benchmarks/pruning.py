@@ -16,6 +16,7 @@ from largeformer.config.schema import ModelConfig
 from largeformer.config.size import model_parameters
 from tests.benchmarks.chains import COURSE, run_chain, teacher_recipe
 
+FFN = {"axes": ["ffn_hidden_size"]}
 ORDER = ("pretrain", "prune", "distill", "quantize")
 
 
@@ -28,8 +29,9 @@ def branches(tree: dict[str, Any]) -> dict[str, list[Any]]:
         "wanda-50": [{"prune": {"method": "wanda", "sparsity": 0.5}}, "distill"],
         "sparsegpt-50": [{"prune": {"method": "sparsegpt", "sparsity": 0.5}}],
         "width-85": [{"prune": {"method": "width", "target_parameters": 0.85}}, "distill"],
+        "ffn-85": [{"prune": {"method": "width", "target_parameters": 0.85, **FFN}}, "distill"],
         f"depth-{layers}": [{"prune": {"method": "depth", "num_layers": layers}}, "distill", {"quantize": {"scheme": "w8a8"}}],
-        f"width-as-depth-{layers}": [{"prune": {"method": "width", "target_parameters": fewer}}, "distill"],
+        f"ffn-as-depth-{layers}": [{"prune": {"method": "width", "target_parameters": fewer, **FFN}}, "distill"],
     }
 
 

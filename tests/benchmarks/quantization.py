@@ -66,7 +66,7 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
     yield Setting("gptq-order", "W4A16, GPTQ, largest first", [*gptq, "quantize.gptq={act_order: true}"])
     train = [
         "quantize.method=qat",
-        f"quantize.train={{train_iters: {steps}, eval_interval: {steps}}}",
+        f"quantize.train={{train_iters: {steps}, eval_interval: {steps}, early_stopping: null}}",
         "quantize.optimizer={lr: 3.0e-4, min_lr: 3.0e-5, lr_decay_style: cosine, lr_decay_iters: null, lr_wsd_decay_iters: null, "
         f"lr_warmup_iters: {min(5, steps // 2)}}}",
     ]
