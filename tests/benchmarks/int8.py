@@ -1,8 +1,8 @@
-"""onnxruntime INT8 beside onnxruntime fp32 and PyTorch: `python tests/benchmarks/int8.py [--rounds N] [--threads N] [--layers N] [--hidden N]`.
+"""onnxruntime INT8 beside onnxruntime fp32 and PyTorch: `python tests/benchmarks/int8.py [--rounds N] [--threads N] [--hidden N]`.
 
-A Llama shape of 169M parameters with random weights, since only its speed counts (`--hidden 512`: 47M). The contestants take turns and the minimum of each is
-kept; a prompt of 128 tokens, and one token after 128 in the cache. Some minutes, most of them the export. Exit code 1 where a CPU with VNNI
-computes integers less than 2.5 times as fast as onnxruntime's floats in one row.
+A Llama shape of 169M parameters with random weights, since only its speed counts (`--hidden 512`: 47M). The contestants take turns and the
+minimum of each is kept; a prompt of 128 tokens, and one token after 128 in the cache. Some minutes, most of them the export. Exit code 1
+where a CPU with VNNI computes integers less than 2.5 times as fast as onnxruntime's floats in one row.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = onnx.write_float(plain, model, Path(folder))
         integers = onnx.write_int8(file, (), reduce_range=not onnx.has_vnni())
-        print(f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f}M parameters  VNNI {onnx.has_vnni()}  threads {given.threads}  products {onnx.count_products(integers)}")
+        print(f"{sum(parameter.numel() for parameter in plain.parameters()) / 1e6:.0f}M parameters")
+        print(f"VNNI {onnx.has_vnni()}  threads {given.threads}  products {onnx.count_products(integers)}")
         print(f"file {integers.stat().st_size / 1e6:.1f} MB, {integers.stat().st_size / file.stat().st_size:.3f} x fp32")
         slow = []
         print(f"{'':16}{'torch fp32':>12}{'torch bf16':>12}{'onnx fp32':>12}{'onnx int8':>12}   int8 against onnx fp32")
