@@ -31,6 +31,7 @@ def branches(tree: dict[str, Any]) -> dict[str, list[Any]]:
         "width-85": [{"prune": {"method": "width", "target_parameters": 0.85}}, "distill"],
         "ffn-85": [{"prune": {"method": "width", "target_parameters": 0.85, **FFN}}, "distill"],
         f"depth-{layers}": [{"prune": {"method": "depth", "num_layers": layers}}, "distill", {"quantize": {"scheme": "w8a8"}}],
+        f"width-as-depth-{layers}": [{"prune": {"method": "width", "target_parameters": fewer}}, "distill"],
         f"ffn-as-depth-{layers}": [{"prune": {"method": "width", "target_parameters": fewer, **FFN}}, "distill"],
     }
 

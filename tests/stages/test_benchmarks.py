@@ -55,7 +55,8 @@ def test_branches(teacher: Path, tmp_path: Path) -> None:
     assert code == 2, "one has failed, the others have not"
     models = [tuple(row[:2]) for row in rows]
     assert models.count(("magnitude-50", "prune")) == 0
-    for branch, stages in {"wanda-50": 3, "sparsegpt-50": 2, "width-85": 3, "ffn-85": 3, "depth-5": 4, "ffn-as-depth-5": 3}.items():
+    expected = {"wanda-50": 3, "sparsegpt-50": 2, "width-85": 3, "ffn-85": 3, "depth-5": 4, "width-as-depth-5": 3, "ffn-as-depth-5": 3}
+    for branch, stages in expected.items():
         assert sum(name == branch for name, _ in models) == stages, branch
     zeros = {tuple(row[:2]): row[7] for row in rows}
     assert zeros["wanda-50", "prune"] == zeros["wanda-50", "distill"] == "50%"
