@@ -90,10 +90,11 @@ class ParallelConfig(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """Stop when the validation loss has not improved by `min_delta` for `patience` validations."""
+    """Stop when the validation loss has not improved by `min_delta` for `patience` validations, those before `start_step` not counted."""
 
     patience: PositiveInt = 10
     min_delta: NonNegative = 1.0e-4
+    start_step: Annotated[int, Field(ge=0)] = 0
     mode: Literal["min", "max"] = "min"
     metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
 

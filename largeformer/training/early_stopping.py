@@ -9,7 +9,7 @@ from largeformer.config.schema import EarlyStoppingConfig
 
 
 class EarlyStopping:
-    """Counts validations in a row without an improvement of `min_delta`. Without a config it never stops.
+    """Counts validations in a row without an improvement of `min_delta`, from `start_step` on. Without a config it never stops.
 
     A value that is not finite is no improvement, and never becomes the best: a diverged run stops after `patience`
     validations, and the state stays valid JSON.
@@ -39,11 +39,11 @@ class EarlyStopping:
         """The best finite value so far; None before there is one."""
         return self._best
 
-    def update(self, value: float) -> bool:
-        """Takes the value of one validation. Returns True where training should stop."""
+    def update(self, value: float, step: int) -> bool:
+        """Takes the value of the validation after `step` steps. Returns True where training should stop."""
         if self._improves(value):
             self._best, self._bad_validations = value, 0
-        else:
+        elif step >= self._config.start_step:
             self._bad_validations += 1
         return self.exhausted
 

@@ -116,7 +116,7 @@ def _validate(run: Training, watch: _StopWatch) -> bool:
     run.tracker.log(run.validation)
     for prompt, text in texts:
         run.tracker.sample(run.progress.step, prompt, text)
-    stop = run.early_stopping.update(row[run.early_stopping.metric])
+    stop = run.early_stopping.update(row[run.early_stopping.metric], run.progress.step)
     if stop:
         run.tracker.event("stopped early", run.progress.step, metric=run.early_stopping.metric, best=run.early_stopping.best)
     return stop
