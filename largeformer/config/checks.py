@@ -33,7 +33,6 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         *_layout_problems(recipe),
         *_recompute_problems(recipe.train, recipe.model.add_bias_linear),
         *_rampup_problems(recipe.train),
-        *_early_stopping_problems(recipe.train),
         *_schedule_problems(recipe),
         *_optimizer_problems(recipe.optimizer),
         *augment_problems(recipe.data.augment, recipe.model.family, recipe.data.sampling.type),
@@ -121,15 +120,6 @@ def _recompute_problems(train: TrainConfig, biases: bool) -> Iterator[str]:
         yield (
             "train.recompute_modules mlp does not go with model.add_bias_linear true: the backward of Megatron-core 0.16 would call itself "
             "without end. Name core_attn alone, or use train.recompute_granularity full"
-        )
-
-
-def _early_stopping_problems(train: TrainConfig) -> Iterator[str]:
-    stopping = train.early_stopping
-    if stopping is not None and stopping.start_step >= train.train_iters:
-        yield (
-            f"train.early_stopping.start_step {stopping.start_step} is not below train.train_iters {train.train_iters}: no validation "
-            "would count. Lower it, or set train.early_stopping to null"
         )
 
 

@@ -138,10 +138,6 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["train.rampup_batch_size={start: 3, increment: 2, samples: 100}"],
         ["train.rampup_batch_size.increment 2 does not lead from train.rampup_batch_size.start 3 to train.global_batch_size 8"],
     ),
-    "early stopping that never begins": (
-        ["train.early_stopping={start_step: 10}"],
-        ["train.early_stopping.start_step 10 is not below train.train_iters 10: no validation would count. Lower it"],
-    ),
     "minimum above the learning rate": (["optimizer.min_lr=0.1"], ["optimizer.min_lr 0.1 is above optimizer.lr 0.001"]),
     "warmup without end": (["optimizer.lr_warmup_iters=11"], ["optimizer.lr_warmup_iters 11 is above train_iters 10"]),
     "SGD of DeepSpeed": (
