@@ -48,7 +48,7 @@ class QuantizeConfig(TrainedSection):
     symmetric: bool = True
     smoothquant: SmoothQuantConfig | None = None
     gptq: GPTQConfig = GPTQConfig()
-    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     weight_observer: Literal["minmax", "mse"] = "minmax"
     calibration: CalibrationConfig = CalibrationConfig()

@@ -55,10 +55,9 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
     smooth, gptq = ["quantize.smoothquant={alpha: 0.5}"], [*four, "quantize.method=gptq"]
     yield Setting("w8a8", "W8A8, a scale for each token", ["quantize.scheme=w8a8"])
     yield Setting("w8a8-smooth", "W8A8, SmoothQuant", ["quantize.scheme=w8a8", *smooth])
-    yield Setting("static", "W8A8 static", static)
-    yield Setting("static-percentile", "W8A8 static, percentile", [*static, "quantize.observer=percentile"])
-    yield Setting("static-mse", "W8A8 static, mse", [*static, "quantize.observer=mse"])
-    yield Setting("static-smooth", "W8A8 static, SmoothQuant", [*static, *smooth])
+    for observer in ("minmax", "percentile", "mse"):
+        yield Setting(f"static-{observer}", f"W8A8 static, {observer}", [*static, f"quantize.observer={observer}"])
+    yield Setting("static-smooth", "W8A8 static, mse, SmoothQuant", [*static, *smooth])
     yield Setting("w8a16", "W8A16", ["quantize.scheme=w8a16"])
     yield Setting("w4a16", "W4A16, to nearest", four)
     yield Setting("w4a16-mse", "W4A16, to nearest, mse", [*four, "quantize.weight_observer=mse"])
