@@ -42,6 +42,7 @@ class PruneConfig(TrainedSection):
     Smaller: `target_parameters`, a share below 1 or a number, embeddings included, which `width` reaches by the `axes` that have no size
     of their own here, `depth` by layers; or sizes. Sizes that are searched are multiples of `multiple_of`. `importance`: from
     `activation`s on the calibration text (of layers: what they change), `weight` norms, or, of layers, `ablation`: the loss without them.
+    `reconstruct`: where `width` reads that text, weights behind channels and heads that go are fitted to what they gave.
 
     Zeros: a share `sparsity` of each matrix of the linear layers, or N:M by `pattern` (`2:4`: at most 2 of each 4 inputs stay); by
     `magnitude`, also a share of all matrices together (`scope: global`) or all below `threshold`. `schedule`: by magnitude, little by
@@ -61,6 +62,7 @@ class PruneConfig(TrainedSection):
     num_query_groups: PositiveInt | None = None
     multiple_of: PositiveInt = 8
     importance: Literal["activation", "weight", "ablation"] = "activation"
+    reconstruct: bool = True
     sparsity: Share | None = None
     pattern: Annotated[str | None, BeforeValidator(_not_base_sixty)] = None
     scope: Literal["local", "global"] = "local"
@@ -78,6 +80,11 @@ class PruneConfig(TrainedSection):
     def structured(self) -> bool:
         """Whether the result is smaller, rather than sparse."""
         return self.method in _STRUCTURED
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether weights that stay are fitted, which needs the text that importance by activations reads."""
+        return self.reconstruct and self.method == "width" and self.importance == "activation"
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from largeformer.artifact import Artifact, identity_hash, library_versions, write_atomically
 from largeformer.config.chain import StageEntry, at_stage, entry_named
 from largeformer.config.load import recipe_yaml
-from largeformer.config.schema import ModelConfig, Recipe
+from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions, prepared_data
@@ -27,10 +27,10 @@ from largeformer.stages.common.inputs import Input, finished, input_of, record, 
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.weights import inference_layout, load_model
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
+from largeformer.stages.prune_smaller import smaller
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
-    from largeformer.evaluation.perplexity import LossTotal
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.training.engine import Engine
@@ -52,7 +52,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
     whole = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.name), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
         given = input_of(whole, entry, source)
-        work = _smaller if given.recipe.prune.structured else _sparser
+        work = smaller if given.recipe.prune.structured else _sparser
         return _once(recipe, given, world, fresh, work)
 
 
@@ -193,79 +193,6 @@ def _as_written(recipe: Recipe, given: Input) -> Recipe:
     return read.model_copy(update={"model": model, "parallel": recipe.parallel, "train": at_stage(recipe, given.entry).train})
 
 
-def _smaller(given: Input, written: Recipe, world: World, begin: Callable[[], None]) -> dict[str, Any]:
-    """Width or depth: measure what each part is worth, and cut the weights."""
-    from largeformer.compression.pruning.shape import narrowed
-    from largeformer.compression.pruning.structured import choose
-    from largeformer.export.streaming import StoredTensors
-
-    recipe, checkpoint = given.recipe, given.source.checkpoint
-    chunks = load_model(recipe, world, checkpoint)
-    loss = held_out_loss(recipe, world, given.source, chunks, "valid")
-    importance, gone = _importance(given, written.model, world, chunks[0])
-    del chunks
-    kept = choose(importance, recipe.model, written.model, gone)
-    stored = StoredTensors.of_checkpoint(checkpoint)
-    begin()
-    made = _write_cut(stored, kept, importance, recipe.model, written, given.folder, world)
-    table = {**importance.table(), "kept": kept.table(), "removed_in_order": gone}
-    world.from_main(lambda: _write_json(given.folder / "importance.json", table))
-    axes = {axis: {"before": old, "after": new} for axis, (old, new) in narrowed(recipe.model, written.model).items()}
-    figures = held_out_figures(loss, _loss_of(made, given, written, world))
-    return {"axes": axes, "table": "importance.json", **figures, **world.from_main(lambda: _zeros_left(made))}
-
-
-def _zeros_left(made: Path) -> dict[str, Any]:
-    """What the manifest says of the zeros in a model that was cut from a sparse one. On one process."""
-    from largeformer.compression.pruning.sparsity import has_zeros, sparsity_metrics
-    from largeformer.export.streaming import StoredTensors
-
-    stored = StoredTensors.of_checkpoint(made)
-    return {"sparsity": sparsity_metrics(stored)} if has_zeros(stored) else {}
-
-
-def _importance(given: Input, after: ModelConfig, world: World, chunk: Any) -> tuple[Any, list[int] | None]:
-    """What the settings ask for; and the layers that go, where ablation has settled it."""
-    from largeformer.compression.pruning import importance
-    from largeformer.export.streaming import StoredTensors
-    from largeformer.stages.common.calibrating import calibration
-
-    recipe = given.recipe
-    if recipe.prune.importance == "weight":
-        stored = StoredTensors.of_checkpoint(given.source.checkpoint)
-        return world.from_main(lambda: importance.from_weights(stored, recipe.model)), None
-    batches = calibration(recipe, world, given.source, recipe.prune.calibration)
-    found = importance.from_activations(chunk, batches, world.groups, recipe.model)
-    if recipe.prune.importance == "activation":
-        return found, None
-    rise, gone = importance.by_ablation(chunk, batches, world.groups, recipe.model.num_layers - after.num_layers)
-    return replace(found, layers=rise), gone
-
-
-def _write_cut(stored: Any, kept: Any, importance: Any, before: ModelConfig, written: Recipe, folder: Path, world: World) -> Path:
-    """Commit the smaller model as the checkpoint of step 0: the ranks take turns at its tensors, each reads and writes one at a time."""
-    from largeformer.checkpoint.format import Place
-    from largeformer.compression.pruning.structured import cut, cut_shape, new_names
-    from largeformer.training.saving import save_tensors
-
-    places = []
-    for name in list(new_names(stored, kept))[world.info.rank :: world.info.world_size]:
-        shape, dtype = cut_shape(stored, kept, before, name)
-        places.append(Place(name, shape, dtype, (0,) * len(shape), shape))
-    return save_tensors(folder / "checkpoints", places, lambda name: cut(stored, kept, importance, before, name), recipe_yaml(written))
-
-
-def _loss_of(checkpoint: Path, given: Input, written: Recipe, world: World) -> LossTotal:
-    """Of the smaller model: at this layout, or where its shape does not divide by it, whole on every rank."""
-    from largeformer.config.checks import recipe_problems
-
-    recipe = written.model_copy(update={"parallel": given.recipe.parallel, "train": given.recipe.train})
-    if recipe_problems(recipe):
-        recipe = recipe.model_copy(update={"parallel": type(recipe.parallel)()})
-        world = world.regroup(recipe)
-    return held_out_loss(recipe, world, given.source, load_model(recipe, world, checkpoint), "valid")
-
-
 def _sparser(given: Input, written: Recipe, world: World, begin: Callable[[], None]) -> dict[str, Any]:
     """Zeros, at once."""
     from largeformer.compression.pruning.unstructured import sparsify
@@ -295,12 +222,8 @@ def _zeros(given: Input, made: Path) -> dict[str, Any]:
     parent, child = (StoredTensors.of_checkpoint(checkpoint) for checkpoint in (given.source.checkpoint, made))
     assert_zeros_kept(parent, child)
     table = {name: {**asdict(count), "share": count.share} for name, count in count_zeros(child).items()}
-    _write_json(given.folder / "zeros.json", table)
+    write_atomically(given.folder / "zeros.json", (json.dumps(table) + "\n").encode())
     return {"sparsity": sparsity_metrics(child, given.recipe.prune.kept_of), "table": "zeros.json"}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content) + "\n").encode())
 
 
 def _print(metrics: dict[str, Any]) -> None:

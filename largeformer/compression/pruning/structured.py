@@ -7,7 +7,7 @@ Weights are cut from the parent's global tensors one at a time, so that the resu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,12 @@ def _heads(scores: torch.Tensor, before: ModelConfig, after: ModelConfig) -> tup
     return [group * per_group + head for group in groups for head in _largest(of_groups[group], stay)], groups
 
 
-def cut(stored: StoredWeights, kept: Kept, importance: Importance, before: ModelConfig, name: str) -> torch.Tensor:
-    """The tensor `name` of the smaller model, in the stored dtype."""
+def cut(
+    stored: StoredWeights, kept: Kept, importance: Importance, changed: Mapping[str, torch.Tensor], before: ModelConfig, name: str
+) -> torch.Tensor:
+    """The tensor `name` of the smaller model, in the stored dtype. changed: whole tensors, by the parent's names, to be cut instead."""
     layer, source = _source(name, kept)
-    tensor = stored.read(source)
+    tensor = changed[source].to(stored.dtype(source)) if source in changed else stored.read(source)
     for axis, kind in enumerate(Parts.of(name).axes):
         if kind:
             tensor = tensor.index_select(axis, _indices(kind, kept, layer, before))
@@ -98,6 +100,17 @@ def new_names(stored: StoredWeights, kept: Kept) -> Iterator[str]:
             yield name
         elif layer in place:
             yield at_layer(name, place[layer])
+
+
+def staying(kept: Kept, before: ModelConfig, name: str) -> torch.Tensor:
+    """Which input channels of the parent's linear weight `name` stay, ascending."""
+    part = Parts.of(name)
+    return _indices(part.axes[1], kept, part.layer, before)
+
+
+def sources(names: Iterable[str], kept: Kept) -> set[str]:
+    """The parent's tensors that these of the smaller model are cut from."""
+    return {_source(name, kept)[1] for name in names}
 
 
 def _indices(kind: str, kept: Kept, layer: int | None, before: ModelConfig) -> torch.Tensor:

@@ -234,7 +234,7 @@ def logits_before_and_after(ranks: RankContext, recipe: Recipe, sizes: dict[str,
         state: list[Any] = [None]
         if ranks.rank == 0:
             kept[0] = choose(found, recipe.model, after)  # type: ignore[call-overload]
-            made = {name: cut(whole, kept[0], found, recipe.model, name) for name in new_names(whole, kept[0])}  # type: ignore[arg-type]
+            made = {name: cut(whole, kept[0], found, {}, recipe.model, name) for name in new_names(whole, kept[0])}  # type: ignore[arg-type]
             for name, tensor in made.items():
                 assert (tuple(tensor.shape), tensor.dtype) == cut_shape(whole, kept[0], recipe.model, name)  # type: ignore[arg-type]
             state[0] = made
