@@ -54,18 +54,20 @@ class OfflineConfig(Section):
     folder: str | None = None
 
 
-class DistillConfig(TrainedSection):
-    """`teacher`: a stage of this run, or the path of a run, a stage or a checkpoint; null: the run's first trained model.
+class LessonConfig(Section):
+    """What is learnt of a teacher: loss = `alpha` * `temperature`^2 * `divergence` + (1 - `alpha`) * cross-entropy."""
 
-    loss = `alpha` * `temperature`^2 * `divergence` + (1 - `alpha`) * cross-entropy. `seed`: of new weights and of the order of samples;
-    null: the run's.
-    """
-
-    teacher: str | None = None
-    student: StudentConfig = StudentConfig()
     temperature: Positive = 3.0
     alpha: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.7
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+
+
+class DistillConfig(LessonConfig, TrainedSection):
+    """`teacher`: a stage of this run, or the path of a run, a stage or a checkpoint; null: the run's first trained model. `seed`: of new
+    weights and of the order of samples; null: the run's."""
+
+    teacher: str | None = None
+    student: StudentConfig = StudentConfig()
     hidden: HiddenConfig | None = None
     offline: OfflineConfig | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None

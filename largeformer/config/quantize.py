@@ -9,6 +9,7 @@ from pydantic import Field
 
 from largeformer.config.calibration import CalibrationConfig
 from largeformer.config.chain import TrainedSection
+from largeformer.config.distill import LessonConfig
 from largeformer.config.section import Positive, PositiveInt, Section
 
 
@@ -35,7 +36,8 @@ class QuantizeConfig(TrainedSection):
     """`scheme`: bits of the weights and of the activations; 8-bit activations have a scale for each token, or in `w8a8_static` one that
     calibration found. Weights have a scale for each output channel, in `w4a16` for each `group_size` input channels of it.
 
-    `method`: rtn rounds to nearest, gptq one column after another, qat trains with rounded weights (`train`, `optimizer`).
+    `method`: rtn rounds to nearest, gptq one column after another, qat trains with rounded weights (`train`, `optimizer`), with `distill`
+    on what the model says that it was given; its keys are those of the section.
     `observer`: of static activations; `percentile` of their magnitudes counts with `percentile` alone. `weight_observer`: of the weights.
     `error_threshold`: linear layers whose output on the calibration text is off by more, relative to its norm, stay floats; null: 0.05
     for 8-bit weights, 0.3 for 4-bit ones. `keep_float`: others that do, by Hugging Face's names, such as `model.layers.0.mlp.down_proj`.
@@ -48,6 +50,7 @@ class QuantizeConfig(TrainedSection):
     symmetric: bool = True
     smoothquant: SmoothQuantConfig | None = None
     gptq: GPTQConfig = GPTQConfig()
+    distill: LessonConfig | None = None
     observer: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     weight_observer: Literal["minmax", "mse"] = "minmax"
@@ -82,6 +85,8 @@ def quantize_problems(quantize: QuantizeConfig) -> Iterator[str]:
             f"quantize.symmetric false does not go with quantize.scheme {quantize.scheme}: no client computes with integer activations "
             "and weights that have a zero point; leave it true, or choose w8a16 or w4a16"
         )
+    if quantize.distill is not None and not quantize.trains:
+        yield f"quantize.distill teaches a training, and quantize.method {quantize.method} is none: set it to qat, or leave distill out"
     if quantize.method == "qat" and quantize.weight_observer != "minmax":
         yield (
             f"quantize.weight_observer {quantize.weight_observer} does not go with quantize.method qat, whose scales follow the largest "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from largeformer.stages.common import interruptions
 from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.inputs import finished, take
 from largeformer.stages.common.sparse import sparsity_trained
+from largeformer.stages.common.teaching import Taught
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
 from largeformer.stages.distill_lessons import live_teacher, written_answers
@@ -113,7 +114,7 @@ class _Course:
             self._matching = HiddenMatching(settings.hidden, lesson.pairs, chunks, self._teacher.states, self._groups, self._figures)
 
     def accompany(self, engine: Engine, data: BatchSource) -> Accompanied:
-        return Accompanied(_Taught(data, lambda batches: self._begin(engine, batches)), figures=self._figures.means)
+        return Accompanied(Taught(data, lambda batches: self._begin(engine, batches)), figures=self._figures.means)
 
     def _begin(self, engine: Engine, batches: Sequence[Batch]) -> list[Batch]:
         here = [batch.to(self._world.device) for batch in batches]
@@ -140,17 +141,3 @@ class _Course:
                 else sparsity_trained(self._world, self._lesson.start, self._lesson.given.folder, self._lesson.named)
             ),
         }
-
-
-class _Taught:
-    """A `BatchSource` whose batches go past the teacher."""
-
-    def __init__(self, batches: BatchSource, begin: Callable[[Sequence[Batch]], list[Batch]]) -> None:
-        self._batches, self._begin = batches, begin
-
-    @property
-    def consumed_samples(self) -> int:
-        return self._batches.consumed_samples
-
-    def next(self) -> list[Batch]:
-        return self._begin(self._batches.next())

@@ -29,8 +29,9 @@ from largeformer.stages.common.calibrating import check_calibration
 from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.held_out import check_held_out
 from largeformer.stages.common.inputs import Input, finished, input_of, record, take
+from largeformer.stages.common.teaching import Tutor
 from largeformer.stages.common.training import LIBRARIES, TrainingJob, train
-from largeformer.stages.common.weights import Source, inference_layout
+from largeformer.stages.common.weights import Source, inference_layout, load_model
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
 from largeformer.training.signals import StopSignals
 
@@ -118,14 +119,20 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
     flat = _flat(given, world)
     start = start_of_training(flat, world.regroup(flat.recipe), recipe_yaml(given.recipe))
     world = world.regroup(given.recipe)
+    lesson = given.recipe.quantize.distill
+    tutor = Tutor(load_model(given.recipe, world, given.source.checkpoint), lesson, world) if lesson is not None else None
 
     def alter(chunks: Sequence[GPT], shards: Sequence[Shard]) -> None:
         train_rounded(chunks, shards, world.groups, scheme_of(given.recipe.quantize), start.input_scales, kept_layers(given.recipe))
         hold_growing(shards, given.recipe.model)  # which here does not grow: pruned weights stay 0
+        if tutor is not None:
+            tutor.follow(chunks)
 
     parents = {name: parent for name, parent in given.parents.items() if parent is not given.source.prepared}
     identity = identity_hash(given.origin())
     job = TrainingJob(STAGE, given.folder, identity, given.source.prepared, parents, start=start.checkpoint, alter=alter)
+    if tutor is not None:
+        job = replace(job, accompany=tutor.accompany)
     return train(given.recipe, world, job, cut_short)
 
 

@@ -70,6 +70,7 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
         f"lr_warmup_iters: {min(5, steps // 2)}}}",
     ]
     yield Setting("qat", f"W4A16, QAT, {steps} steps", [*four, *train])
+    yield Setting("qat-taught", f"W4A16, QAT, {steps} steps, taught by the floats", [*four, *train, "quantize.distill={alpha: 1.0}"])
     every = f"quantize.keep_float=[{', '.join(layers(model))}]"
     yield Setting("floats", f"floats, the same {steps} steps without rounding", [*four, *train, every])
     yield Setting(

@@ -17,7 +17,7 @@ import torch
 
 from largeformer.compression.distillation.divergence import DIVERGENCES
 from largeformer.compression.distillation.figures import Figures
-from largeformer.config.distill import DistillConfig
+from largeformer.config.distill import LessonConfig
 from largeformer.models.losses import Share, cross_entropy, log_softmax
 
 
@@ -48,7 +48,7 @@ class DistillationLoss:
     answers: gives the teacher's answer to it. figures: takes the sums of `kd_loss`, T^2 included, and of `ce_loss`.
     """
 
-    def __init__(self, settings: DistillConfig, answers: Callable[[], Answer], figures: Figures) -> None:
+    def __init__(self, settings: LessonConfig, answers: Callable[[], Answer], figures: Figures) -> None:
         self._alpha, self._temperature = settings.alpha, settings.temperature
         self._divergence = DIVERGENCES[settings.divergence]
         self._answers, self._figures = answers, figures

@@ -1,4 +1,4 @@
-"""Weights that are fitted where channels and heads go: beside numpy's least squares, alike at every layout, and closer to the whole model."""
+"""Weights that are fitted where channels and heads go: numpy's least squares, alike at every layout, and closer than leaving out."""
 
 from __future__ import annotations
 
