@@ -21,7 +21,7 @@ from largeformer.compression.quantization.schemes import rounded
 from largeformer.config.load import load_recipe
 from largeformer.config.schema import Recipe
 from largeformer.export.streaming import StoredTensors
-from largeformer.models.hf_mapping import to_hugging_face
+from largeformer.models.hf_mapping import rows, to_hugging_face
 from tests.recipes import GPT2
 from tests.stages.test_end_to_end import ROOT, start
 from tests.stages.test_export import write_recipe
@@ -256,6 +256,10 @@ BAD = {
         ["quantize.calibration.text=others"],
         "calibration.text others was cut by another tokenizer (2222)",
     ),
+    "taught without training": (
+        ["quantize.distill={}"],
+        "quantize.distill teaches a training, and quantize.method rtn is none: set it to qat",
+    ),
     "observer of the weights": (["quantize.method=qat", "quantize.weight_observer=mse"], "does not go with quantize.method qat"),
 }
 
@@ -417,6 +421,36 @@ def test_training_with_rounding_goes_on_and_is_exported(copy: Path, capfd: pytes
     assert "model.layers.0.mlp.up_proj.weight_packed" in written["hf-int4"]
     kl = json.loads((copy / "export" / "manifest.json").read_text())["metrics"]["formats"]["hf-int4"]["parity"]["model"]["kl"]
     assert kl > 1e-6, "hf holds the floats that were trained, and the other their integers"
+
+
+TAUGHT = "quantize.distill={temperature: 2.0, alpha: 0.6}"
+
+
+@pytest.mark.slow
+def test_training_with_rounding_is_taught_by_the_floats(run: Path, tmp_path: Path) -> None:
+    """Nothing is to be learnt at first of a teacher that is the model itself, and the rounded one is off; alike at every layout."""
+    names = [name for row in rows(load_recipe(run / "pretrain" / "config.yaml").model, "llama") for name in row.theirs]
+    linear = [name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")]
+    cases = {
+        "floats": (1, [f"quantize.keep_float=[{', '.join(linear)}]"]),
+        "rounded": (1, []),
+        "TP2": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+        "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+    }
+    found = {}
+    for name, (ranks, settings) in cases.items():
+        copied = tmp_path / name / "run"
+        shutil.copytree(run, copied, ignore=shutil.ignore_patterns("cache"))
+        alone = ["parallel.pipeline_model_parallel_size=1", "train.log_interval=1", "quantize.scheme=w4a16", "quantize.group_size=16"]
+        done = start("quantize", "--from", str(copied), CALIBRATION, *alone, *QAT, TAUGHT, *settings, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = [json.loads(line) for line in (copied / "quantize" / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [row for row in found[name] if "kd_loss" in row]
+        for row in found[name]:
+            assert row["loss"] == pytest.approx(0.6 * row["kd_loss"] + 0.4 * row["ce_loss"], rel=1e-6)
+    assert abs(found["floats"][0]["kd_loss"]) < 1e-6 < 1e-5 < found["rounded"][0]["kd_loss"]
+    for name in ("TP2", "PP2"):
+        assert [row["kd_loss"] for row in found[name]] == pytest.approx([row["kd_loss"] for row in found["rounded"]], rel=1e-2), name
 
 
 METHODS = {
