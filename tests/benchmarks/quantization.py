@@ -57,7 +57,7 @@ def settings(model: ModelConfig, steps: int) -> Iterator[Setting]:
     yield Setting("w8a8-smooth", "W8A8, SmoothQuant", ["quantize.scheme=w8a8", *smooth])
     for observer in ("minmax", "percentile", "mse"):
         yield Setting(f"static-{observer}", f"W8A8 static, {observer}", [*static, f"quantize.observer={observer}"])
-    yield Setting("static-smooth", "W8A8 static, mse, SmoothQuant", [*static, *smooth])
+    yield Setting("static-smooth", "W8A8 static, mse, SmoothQuant", [*static, "quantize.observer=mse", *smooth])
     yield Setting("w8a16", "W8A16", ["quantize.scheme=w8a16"])
     yield Setting("w4a16", "W4A16, to nearest", four)
     yield Setting("w4a16-mse", "W4A16, to nearest, mse", [*four, "quantize.weight_observer=mse"])
