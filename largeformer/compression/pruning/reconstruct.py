@@ -65,15 +65,19 @@ def reconstruct(
 
 def least_squares(weight: torch.Tensor, hessian: Hessian, stay: torch.Tensor, dampening: float) -> torch.Tensor:
     """[o, i] with zeros in the columns that do not `stay`; `dampening`: x the mean of the diagonal. Raises BadInputError where the inputs
-    are not finite."""
+    are not finite, or have no fit."""
     go = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     go[stay] = False
     matrix = hessian.sum.double()
+    if not torch.isfinite(matrix).all():
+        raise BadInputError(f"the inputs of {hessian.name} on the calibration text are not finite: begin with a sound checkpoint")
     within = matrix[stay][:, stay]
     within.diagonal().add_(dampening * matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     factor, failed = torch.linalg.cholesky_ex(within)
-    if failed or not torch.isfinite(factor).all():
-        raise BadInputError(f"the inputs of {hessian.name} on the calibration text are not finite: begin with a sound checkpoint")
+    if failed:
+        raise BadInputError(
+            f"the inputs of {hessian.name} have no invertible covariance: raise prune.dampening ({dampening}) or prune.calibration.samples"
+        )
     kept = weight[:, stay].double()
     kept += torch.cholesky_solve(matrix[stay][:, go] @ weight[:, go].double().t(), factor).t()
     result = torch.zeros_like(weight)

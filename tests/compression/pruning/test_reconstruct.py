@@ -64,6 +64,14 @@ def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
         least_squares(torch.ones(OUT, IN), hessian_of(inputs), STAY, 0.01)
 
 
+def test_inputs_without_a_fit_are_refused() -> None:
+    inputs = torch.ones(TOKENS, IN)
+    hessian = hessian_of(inputs)
+    hessian.sum[0, 2] = hessian.sum[2, 0] = 2.0 * TOKENS  # as rounding may leave it, only more
+    with pytest.raises(BadInputError, match=r"the inputs of a layer have no invertible covariance: raise prune\.dampening \(1e-09\)"):
+        least_squares(torch.ones(OUT, IN), hessian, STAY, 1e-9)
+
+
 def staying(name: str) -> torch.Tensor:
     return next((channels for part, channels in STAYING.items() if part in name), torch.arange(10**4))
 
