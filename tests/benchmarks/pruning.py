@@ -40,14 +40,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--keep", type=Path, required=True, help="where the branches go")
-    parser.add_argument("--only", default="", help="branches whose name holds this")
+    parser.add_argument("--only", default="", help="branches whose name begins with this")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args()
     tree = teacher_recipe(given.run)
     rows: list[tuple[str, str, dict[str, Any]]] = []
     codes = []
     for name, stages in branches(tree).items():
-        if given.only in name:
+        if name.startswith(given.only):
             folder = (given.keep / name).resolve()
             folder.mkdir(parents=True, exist_ok=True)
             sections = {"distill": {"teacher": "pretrain", **COURSE}}

@@ -34,7 +34,7 @@ def write_recipe(folder: Path) -> Path:
         "optimizer": {"lr": 3.0e-3},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False},
         "prune": {"method": "width", "target_parameters": 0.85, "axes": ["ffn_hidden_size"], "calibration": {"samples": 8}},
-        "distill": {"train": {"train_iters": 10, "eval_interval": 10}},
+        "distill": {"train": {"train_iters": 20, "eval_interval": 20}, "optimizer": {"lr": 1.0e-3}},
         "quantize": {"scheme": "w8a8", "calibration": {"samples": 4}},
         "export": {"formats": ["hf", "hf-int8"], "gate_tokens": 512},
         "quality": {"tokens": 512, "shapes": [[1, 1], [2, 16]], "rounds": 2},

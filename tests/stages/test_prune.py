@@ -108,6 +108,27 @@ def test_a_smaller_model_that_later_stages_read(prune: Any, recipe: Path, overri
     assert metrics(prune.run, "evaluate")["checkpoint"] == "step_00000000"
 
 
+FITTED = ("mlp.linear_fc2.weight", "self_attention.linear_proj.weight")
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_weights_behind_channels_and_heads_that_go_are_fitted_unless_told_not_to(prune: Any, fitted: bool) -> None:
+    """Unfitted, they are the teacher's columns; all other weights are the teacher's in either case."""
+    sizes = ("prune.ffn_hidden_size=64", "prune.num_attention_heads=2")
+    assert prune(*sizes, f"prune.reconstruct={str(fitted).lower()}") == 0
+    kept = json.loads((prune.run / "prune" / "importance.json").read_text())["kept"]
+    (made,), (given,) = ((prune.run / stage / "checkpoints").glob("step_*") for stage in ("prune", "pretrain"))
+    smaller, teacher = StoredTensors.of_checkpoint(made), StoredTensors.of_checkpoint(given)
+    for name in smaller.names:
+        whole, cut = teacher.read(name), smaller.read(name)
+        if name.endswith(FITTED):
+            layer = int(name.split(".")[2])
+            channels = kept["ffn"][layer] if "fc2" in name else [16 * head + at for head in kept["heads"][layer] for at in range(16)]
+            assert torch.equal(cut, whole[:, channels]) is not fitted, name
+        elif whole.shape == cut.shape:
+            assert torch.equal(cut, whole), name
+
+
 SPARSE = {
     "magnitude": (["prune.method=magnitude", "prune.sparsity=0.4"], 0.4),
     "global": (["prune.method=magnitude", "prune.scope=global"], 0.5),

@@ -1,6 +1,6 @@
 """How much each part of a model matters: feed-forward channels, heads, hidden channels, layers.
 
-From activations as in Minitron (Muralidharan et al. 2024, arXiv:2407.14679): mean magnitude over the tokens of a sample, L2 over samples.
+From activations as in Minitron (Muralidharan et al. 2024, arXiv:2407.14679), aggregated by L2 over tokens and samples alike.
 Layers by what they change: 1 - cos(input, output) (Men et al. 2024, arXiv:2403.03853), or by the loss without them. All are sums over
 samples, so that a result does not depend on the layout.
 
@@ -55,7 +55,7 @@ class _Sums:
 
     def samples(self, into: list[Any], at: int, magnitudes: torch.Tensor) -> None:
         """magnitudes: [s, b, channels], not negative."""
-        into[at] = into[at] + magnitudes.double().mean(0).square().sum(0)
+        into[at] = into[at] + magnitudes.double().square().mean(0).sum(0)
 
     def variance(self, at: int, hidden: torch.Tensor, centred: bool) -> None:
         hidden = hidden.double()

@@ -95,7 +95,7 @@ def by_the_definition(reference: PlainGPT, shape: ModelConfig, batches: Sequence
     layers = range(shape.num_layers)
 
     def over_samples(values: torch.Tensor) -> torch.Tensor:
-        return values.abs().mean(1).norm(dim=0)
+        return values.square().mean(1).sum(0).sqrt()
 
     def shares(inputs: torch.Tensor) -> torch.Tensor:
         squares = (inputs - inputs.mean(-1, keepdim=True) if shape.normalization == "LayerNorm" else inputs).square()
