@@ -40,7 +40,7 @@ def run_chain(
     teacher: Path, folder: Path, copied: Sequence[str], stages: Sequence[Any], sections: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """`largeformer run` in `folder`, which begins with copies of the teacher's stages `copied`; what is finished there is not done again.
-    What `quality` says of each stage that has finished, by its name, with its `sparsity`; and the exit code."""
+    What `quality` says of each stage that has finished, by its name, with its `sparsity` and its training's `val_loss`; and the exit code."""
     for stage in copied:
         if not (folder / stage).exists():
             shutil.copytree(teacher / stage, folder / stage)
@@ -57,4 +57,6 @@ def _figures(manifest: Path) -> dict[str, Any] | None:
         metrics = json.loads(manifest.read_text())["metrics"]
     except ValueError:  # the run has said so
         return None
-    return {**metrics["quality"], "sparsity": metrics.get("sparsity", {}).get("overall")} if "quality" in metrics else None
+    if "quality" not in metrics:
+        return None
+    return {**metrics["quality"], "sparsity": metrics.get("sparsity", {}).get("overall"), "val_loss": metrics.get("val_loss")}

@@ -2,7 +2,8 @@
 
 RUN: the run folder of a trained teacher (prepare, pretrain). Each branch is a run of its own in FOLDER that begins with a copy of it; what
 is finished there is not done again. Further arguments change the recipe, such as `distill.train={train_iters: 200}`. The table is
-that of `quality`, over held-out text. A branch that fails leaves the others alone, and ends with its exit code.
+that of `quality`, over the test split, with the validation loss of what was trained. A branch that fails leaves the others alone, and ends
+with its exit code.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def main() -> int:
             found, code = run_chain(given.run, folder, ["prepare", "pretrain"], stages, sections, given.overrides)
             codes.append(code)
             rows += [(name, stage, found[stage]) for stage in ORDER if stage in found]
-    print("| branch | model | parameters | perplexity | change | KL | top-1 | zeros |\n|---|---|---|---|---|---|---|---|")
+    print("| branch | model | parameters | perplexity | change | KL | top-1 | zeros | validation |\n" + "|---" * 9 + "|")
     for name, stage, row in rows:
         zeros = "" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+        valid = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         print(
             f"| {name} | {stage} | {row['parameters'] / 1e6:.2f}M | {row['perplexity']:.4f} | {row['perplexity_increase']:+.2%} "
-            f"| {row['kl']:.4f} | {row['top1_agreement']:.2%} | {zeros} |"
+            f"| {row['kl']:.4f} | {row['top1_agreement']:.2%} | {zeros} | {valid} |"
         )
     return max(codes, default=2)
 
