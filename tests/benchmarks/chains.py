@@ -40,7 +40,7 @@ def run_chain(
     teacher: Path, folder: Path, copied: Sequence[str], stages: Sequence[Any], sections: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """`largeformer run` in `folder`, which begins with copies of the teacher's stages `copied`; what is finished there is not done again.
-    What `quality` says of each stage that has finished, by its name, with its `sparsity` and its training's `val_loss`; and the exit code."""
+    What `quality` says of each stage that has finished, by its name, with its `sparsity` and `val_loss`; and the exit code."""
     for stage in copied:
         if not (folder / stage).exists():
             shutil.copytree(teacher / stage, folder / stage)
