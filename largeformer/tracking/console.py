@@ -131,10 +131,12 @@ class _History:
         self._row: Row = {}
         self._best: tuple[float, int] | None = None
         self._tokens = self._busy_s = 0.0
+        self._step = 0
 
     def trained(self, row: Row, now: float) -> None:
         self._row = row
-        self._last = (int(row["step"] or 0), now)
+        self._step = int(row["step"] or 0)
+        self._last = (self._step, now)
         self._first = self._first or self._last
         seconds, speed = row.get("step_time_s"), row.get("tokens_per_s")
         if seconds and speed:
@@ -144,8 +146,9 @@ class _History:
     def validated(self, row: Row) -> None:
         loss = row["val_loss"]
         self.val_loss = loss
+        self._step = int(row["step"] or 0)  # which no line of the training may have had: a validation may end it
         if loss is not None and (self._best is None or loss < self._best[0]):
-            self._best = (loss, int(row["step"] or 0))
+            self._best = (loss, self._step)
 
     def seconds_left(self, total_steps: int) -> float | None:
         """By the pace since the first row, validation and saving included: the first step, slow with compiling, does not count."""
@@ -155,8 +158,7 @@ class _History:
         return (now - first_time) / (step - first_step) * (total_steps - step)
 
     def summary(self, status: str, total_steps: int, now: float) -> str:
-        step = self._last[0] if self._last else 0
-        parts = [f"{status} at step {step}/{total_steps} in {duration(now - self._start)}"]
+        parts = [f"{status} at step {self._step}/{total_steps} in {duration(now - self._start)}"]
         parts += _values(self._row, (("loss", "loss {:.4f}"),))
         if self.val_loss is not None:
             parts.append(f"validation loss {self.val_loss:.4f}")

@@ -97,6 +97,14 @@ def test_the_summary() -> None:
     )
 
 
+def test_a_validation_after_the_last_line_is_where_it_ended() -> None:
+    tracker, out = plain()
+    tracker.log({**ROW, "step": 140})
+    tracker.log({"step": 150, "val_loss": 4.0})
+    tracker.close("finished")
+    assert out.getvalue().splitlines()[-1].startswith("finished at step 150/200 in")
+
+
 def test_a_run_that_ends_before_its_first_row_has_a_summary_too() -> None:
     tracker, out = plain()
     tracker.close("failed")
