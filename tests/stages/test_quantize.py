@@ -520,13 +520,14 @@ def test_the_benchmark_goes_on_after_a_setting_that_fails(tmp_path: Path) -> Non
     in_the_way = out / "qat" / "quantize" / "manifest.json"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("{")
-    code, (failed, floats, nearest) = figures()
+    code, (failed, taught, floats, nearest) = figures()
     assert code == 1 and "exit code 2" in failed["failed"] and failed["name"] in (out / "quantization.md").read_text()
+    assert taught["figures"]["float_layers"] == 0
     assert floats["figures"]["mean_error"] is None and floats["figures"]["float_layers"] == 28
     assert nearest["figures"]["float_layers"] == 0 and nearest["figures"]["integer_layers"] == 28, "the control is rounded"
     assert nearest["figures"]["perplexity_before"] == pytest.approx(floats["figures"]["perplexity"], rel=1e-6)
     in_the_way.unlink()
     code, (qat, *others) = figures()
-    assert code == 0 and others == [floats, nearest]
+    assert code == 0 and others == [taught, floats, nearest]
     assert qat["figures"]["perplexity_before"] == floats["figures"]["perplexity_before"] and qat["figures"]["float_layers"] == 0
-    assert (out / "quantization.md").read_text().count("\n") == 5
+    assert (out / "quantization.md").read_text().count("\n") == 6
