@@ -42,6 +42,7 @@ from largeformer.stages.common.sparse import is_sparse
 from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import enter_world, reporting
 from largeformer.stages.export_source import onnx_latency, reference, sample_texts
+from largeformer.stages.quality_report import weight_bytes
 from largeformer.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -272,8 +273,8 @@ def _lineage(plan: _Plan) -> Iterator[Any]:
 
 
 def _print(name: str, figures: Mapping[str, Any]) -> None:
-    size = sum(figures["bytes"].values())
     for file, found in figures["parity"].items():
+        size = weight_bytes(figures["bytes"], file)
         shown = {key: "beyond all numbers" if found[key] is None else found[key] for key in ("perplexity", "kl", "max_logit_difference")}
         numbers = "  ".join(
             f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()

@@ -90,19 +90,24 @@ def _model_row(name: str, metrics: dict[str, Any]) -> Row:
     )
 
 
+def weight_bytes(sizes: Mapping[str, int], model: str) -> int:
+    """Of a format's files, by name, those that hold the weights of `model`: `model_int8` of `onnx/`, or all there are."""
+    weights = {part: size for part, size in sizes.items() if not part.endswith((".json", ".md", ".model", ".txt"))}
+    own = {part: size for part, size in weights.items() if part.split(".")[0] == model.split(".")[0]} or weights
+    return sum(own.values())
+
+
 def _export_rows(name: str, export: Artifact, made: Mapping[str, Artifact]) -> Iterator[Row]:
     """made: the stages before it, by identity."""
     metrics, source, beside = export.metrics, *_source(export, made)
     for form, figures in metrics["formats"].items():
         for file, parity in figures["parity"].items():
             timed = metrics.get("latency", {}).get(f"{form}/{file}", [])
-            sizes, zeros = figures["bytes"], figures.get("sparsity", {}).get(file)
-            weights = {part: size for part, size in sizes.items() if not part.endswith((".json", ".md", ".model", ".txt"))}
-            own = {part: size for part, size in weights.items() if part.split(".")[0] == file.split(".")[0]} or weights
+            zeros = figures.get("sparsity", {}).get(file)
             yield Row(
                 name=f"{name}/{form}" + (f"/{file}" if len(figures["parity"]) > 1 else ""),
                 parameters=metrics.get("parameters"),
-                bytes=sum(own.values()),
+                bytes=weight_bytes(figures["bytes"], file),
                 beside=beside,
                 **{key: parity.get(key) for key in ("perplexity", "perplexity_increase", "kl", "top1_agreement")},
                 **_over_the_same_text(export, parity, source),
