@@ -91,6 +91,13 @@ def layers(model: ModelConfig) -> list[str]:
     return [name.removesuffix(".weight") for row in rows(model, "llama") for name in row.theirs if name.endswith("_proj.weight")]
 
 
+def chosen(every: Sequence[Setting], only: str) -> list[Setting]:
+    """Those whose name holds `only`, and what they start from."""
+    wanted = [setting for setting in every if only in setting.name]
+    needed = {setting.after for setting in wanted}
+    return [setting for setting in every if setting in wanted or setting.folder in needed]
+
+
 def measure(setting: Setting, source: Path, folder: Path, further: Sequence[str]) -> Row:
     """Quantize in a process of its own, whose end, whatever it is, leaves the others alone."""
     output = folder / setting.folder
@@ -154,7 +161,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, help="a run, or a stage of one, whose model is quantized")
     parser.add_argument("--steps", type=int, default=800, help="of the small Llama")
     parser.add_argument("--further", type=int, default=100, help="steps with rounding, and of the controls")
-    parser.add_argument("--only", default="", help="settings whose name holds this")
+    parser.add_argument("--only", default="", help="settings whose name holds this, and what they start from")
     parser.add_argument("overrides", nargs="*", help="for every setting, such as quantize.calibration.samples=512")
     given = parser.parse_intermixed_args()
     folder = given.folder.resolve()
@@ -167,9 +174,7 @@ def main() -> int:
     source = source / "pretrain" if (source / "pretrain").is_dir() else source
     tree = yaml.safe_load((candidates(source)[0] / "config.yaml").read_text())
     found: list[Row] = []
-    for setting in settings(ModelConfig.model_validate(tree["model"]), given.further):
-        if given.only not in setting.name:
-            continue
+    for setting in chosen(list(settings(ModelConfig.model_validate(tree["model"]), given.further)), given.only):
         own = folder / setting.folder / "prepare"  # what starts from this one's model finds the text beside it
         own.parent.mkdir(exist_ok=True)
         if not own.is_symlink():

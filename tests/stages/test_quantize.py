@@ -19,10 +19,11 @@ from largeformer import cli
 from largeformer.compression.quantization.description import Description, read_description
 from largeformer.compression.quantization.schemes import rounded
 from largeformer.config.load import load_recipe
-from largeformer.config.schema import Recipe
+from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.export.streaming import StoredTensors
 from largeformer.models.hf_mapping import rows, to_hugging_face
-from tests.recipes import GPT2
+from tests.benchmarks import quantization as benchmark
+from tests.recipes import GPT2, TINY
 from tests.stages.test_end_to_end import ROOT, start
 from tests.stages.test_export import write_recipe
 from tests.stages.test_prune import cut_by_another_tokenizer
@@ -493,6 +494,12 @@ def test_training_with_rounding_at_another_layout(run: Path, tmp_path: Path) -> 
         losses[name] = metrics(copied)["val_loss"]
         assert not (copied / "quantize" / "smoothed").exists()
     assert all(loss == pytest.approx(losses["one"], rel=1e-3) for loss in losses.values()), losses
+
+
+def test_a_chosen_row_of_the_benchmark_brings_what_it_starts_from() -> None:
+    every = list(benchmark.settings(ModelConfig.model_validate(TINY["model"]), 2))
+    assert [setting.folder for setting in benchmark.chosen(every, "after 2 steps")] == ["floats", "floats-w4a16"]
+    assert [setting.folder for setting in benchmark.chosen(every, "GPTQ")] == ["gptq", "gptq-order"]
 
 
 @pytest.mark.slow
