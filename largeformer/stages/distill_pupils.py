@@ -17,7 +17,7 @@ from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.layout import stage_layers
 from largeformer.stages.common.inputs import Input, input_of, weights_named
-from largeformer.stages.common.weights import Source, find_source, shaped_like
+from largeformer.stages.common.weights import Source, find_source, named_model, shaped_like
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def _teacher_folder(recipe: Recipe) -> Path:
     run, name = Path(recipe.run.output_dir), recipe.distill.teacher
     if name is None:
         return run
-    stage = run / name
-    folder = stage if (stage / "checkpoints").is_dir() else Path(name)
+    folder = named_model(recipe, name)
     if not folder.exists():
         raise BadInputError(
             f"distill.teacher {name} is neither a stage of {run} that has left checkpoints nor a folder: name a run, a stage or a "

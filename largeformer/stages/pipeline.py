@@ -17,6 +17,7 @@ from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
 from largeformer.stages.common.held_out import check_held_out
 from largeformer.stages.common.libraries import check_libraries
+from largeformer.stages.common.weights import find_source, shaped_like
 from largeformer.stages.common.world import check_world, reporting
 from largeformer.stages.quality_report import write_report
 
@@ -40,6 +41,15 @@ def _reads_test_split(recipe: Recipe) -> bool:
     return quality.is_judged(recipe) or any(entry.stage in ("evaluate", "export") for entry in recipe.run.stages)
 
 
+def _check_given_model(recipe: Recipe) -> None:
+    """Raise BadInputError, before the first stage, where the text of a model that the chain was given has no test split to judge on."""
+    first = quality.first_model(recipe)
+    is_given = all(entry.stage not in ("prepare", *quality.TRAINED) for entry in recipe.run.stages)
+    if is_given and first is not None and quality.is_judged(recipe):
+        source = find_source(recipe, first)
+        check_held_out(shaped_like(recipe, source), source.prepared, "test")
+
+
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end. Raises
     BadInputError, before the first, where one of them does not fit this world or this machine."""
@@ -47,6 +57,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
         if entry.stage in (*quality.TRAINED, *quality.DERIVED):
             check_world(at_stage(recipe, entry))
     check_libraries(recipe, fresh=fresh)
+    _check_given_model(recipe)
     is_main = discover(os.environ).is_main
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):

@@ -24,7 +24,7 @@ from largeformer.errors import StageFailed
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.deployed import deployed
-from largeformer.stages.common.weights import Source, find_source, inference_layout, shaped_like
+from largeformer.stages.common.weights import Source, find_source, inference_layout, named_model, shaped_like
 from largeformer.stages.common.world import World, enter_world, reporting
 from largeformer.stages.quality_report import write_report
 
@@ -68,10 +68,11 @@ class _Model:
     @property
     def bytes(self) -> int:
         """Of the weights, as integers where they are quantized."""
-        from largeformer.models.gpt import DTYPES
+        from largeformer.export.streaming import StoredTensors
         from largeformer.models.hf_mapping import rows, shapes
 
-        item = DTYPES[self.recipe.train.precision].itemsize
+        stored = StoredTensors.of_checkpoint(self.source.checkpoint)
+        item = stored.dtype(stored.names[0]).itemsize
         total = item * self.parameters
         if self.quantization is None:
             return total
@@ -93,7 +94,7 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
     stands there. Raises StageFailed where it is beyond `quality.limits`: the stage counts as unfinished then, and the report of the
     chain so far has its figures."""
     first = inference_layout(recipe, discover(os.environ).world_size)
-    with reporting(recipe, entry.stage), enter_world(first, training=False) as world:
+    with reporting(recipe, entry.name), enter_world(first, training=False) as world:
         folder = first_model(recipe)
         assert folder is not None, "the chain is judged"
         model, reference = _find(first, Path(recipe.run.output_dir) / entry.name), _find(first, folder)
@@ -131,13 +132,13 @@ def in_a_line(name: str, found: Mapping[str, Any]) -> str:
 
 
 def first_model(recipe: Recipe) -> Path | None:
-    """Where the model comes from that the others are compared with: the chain's first stage that trains one, an import, or the teacher
-    of another run. None where there is none of them."""
+    """Where the model comes from that the others are compared with: the chain's first stage that trains one, the import or the
+    pretraining that lies in its run already, or the teacher of another run. None where there is none of them."""
     run = Path(recipe.run.output_dir)
     trained = [run / entry.name for entry in recipe.run.stages if entry.stage in TRAINED]
-    imported = [folder for folder in (run / "import",) if folder.is_dir()]
-    teachers = [Path(teacher) for entry in recipe.run.stages if (teacher := at_stage(recipe, entry).distill.teacher)]
-    return next(iter((*trained, *imported, *(path for path in teachers if path.is_dir()))), None)
+    teachers = [named_model(recipe, teacher) for entry in recipe.run.stages if (teacher := at_stage(recipe, entry).distill.teacher)]
+    there = [folder for folder in (run / name for name in TRAINED) if Artifact.read(folder) is not None]
+    return next(iter((*trained, *there, *(folder for folder in teachers if folder.is_dir()))), None)
 
 
 def failures(found: Mapping[str, Any], limits: LimitsConfig) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from largeformer import cli
+from largeformer.artifact import Artifact
 from largeformer.config.quality import LimitsConfig
 from largeformer.stages.quality import failures, first_model, is_judged
 from tests.recipes import TINY, tiny_recipe
@@ -22,6 +23,8 @@ CHAINS: dict[str, tuple[list[Any], list[str], str | None, str | None]] = {
     "the teacher of another run": (["prepare", "distill"], ["other"], "other", "other"),
     "the teacher of one stage": (["prepare", {"distill": {"name": "d", "teacher": "other"}}], ["other"], None, "other"),
     "trained here, taught from elsewhere": (["prepare", "pretrain", "distill"], ["other"], "other", "run/pretrain"),
+    "a run that was trained before": (["prepare", "prune"], ["run/pretrain"], None, "run/pretrain"),
+    "a stage of this run that teaches": (["prepare", "distill"], ["run/big/checkpoints"], "big", "run/big"),
     "a model from elsewhere": (["prepare", "prune"], [], None, None),
     "nothing is derived": (["prepare", "pretrain", "evaluate"], [], None, None),
 }
@@ -31,8 +34,9 @@ CHAINS: dict[str, tuple[list[Any], list[str], str | None, str | None]] = {
 def test_the_model_that_others_are_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     stages, folders, teacher, expected = CHAINS[case]
     monkeypatch.chdir(tmp_path)
-    for folder in folders:
-        Path(folder).mkdir(parents=True)
+    for folder in map(Path, folders):
+        folder.mkdir(parents=True)
+        Artifact("import", folder, "0000").write()
     recipe = tiny_recipe(run={"stages": stages, "output_dir": "run"}, distill={"teacher": teacher})
     assert is_judged(recipe) == (expected is not None)
     if expected is not None:

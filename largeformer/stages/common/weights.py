@@ -44,6 +44,12 @@ def find_source(recipe: Recipe, source: Path | None) -> Source:
     return from_main(lambda: _with_data(recipe, found.checkpoint))
 
 
+def named_model(recipe: Recipe, name: str) -> Path:
+    """What a recipe means that names a model: a stage of its own run that has left checkpoints, else a path."""
+    stage = Path(recipe.run.output_dir) / name
+    return stage if (stage / "checkpoints").is_dir() else Path(name)
+
+
 def _trained(source: Path) -> Path:
     """The stage that a run folder's weights come from: what was trained, else what was imported."""
     stages = [source / name for name in ("pretrain", "import") if (source / name / "checkpoints").is_dir()]
