@@ -231,7 +231,10 @@ class Recipe(Section):
         section = getattr(self, stage, None)
         if section is not None:
             own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude=_NOT_ITS_OWN)}
-            return {**own, **training} if isinstance(section, TrainedSection) and section.trains else own
+            if not isinstance(section, TrainedSection):
+                return own
+            # What does not train computes and writes in that precision all the same.
+            return {**own, **(training if section.trains else {"train": {"precision": self.train.precision}})}
         return {
             "stage": stage,
             **tokenizer_and_data,

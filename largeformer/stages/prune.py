@@ -22,7 +22,7 @@ from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import interruptions, prepared_data
 from largeformer.stages.common.feeding import check_text
-from largeformer.stages.common.held_out import held_out_figures, held_out_loss
+from largeformer.stages.common.held_out import check_sound, held_out_figures, held_out_loss
 from largeformer.stages.common.inputs import Input, finished, input_of, record, take
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.weights import inference_layout, load_model
@@ -206,6 +206,7 @@ def _sparser(given: Input, written: Recipe, world: World, begin: Callable[[], No
     load_weights(given.source.checkpoint, shards)
     chunks[0].eval()
     loss = held_out_loss(recipe, world, given.source, chunks, "valid")
+    check_sound(loss, given.source.checkpoint)
     batches = [] if prune.method == "magnitude" else calibration(recipe, world, given.source, prune.calibration)
     sparsify(chunks[0], shards, world.groups, recipe.model, prune, batches)
     after = held_out_loss(recipe, world, given.source, chunks, "valid")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from largeformer.artifact import write_atomically
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
-from largeformer.stages.common.held_out import held_out_figures, held_out_loss
+from largeformer.stages.common.held_out import check_sound, held_out_figures, held_out_loss
 from largeformer.stages.common.inputs import Input
 from largeformer.stages.common.weights import load_model
 from largeformer.stages.common.world import World
@@ -41,6 +41,7 @@ def smaller(given: Input, written: Recipe, world: World, begin: Callable[[], Non
     load_weights(checkpoint, shards)
     chunks[0].eval()
     loss = held_out_loss(recipe, world, given.source, chunks, "valid")
+    check_sound(loss, checkpoint)
     batches = [] if prune.importance == "weight" else calibration(recipe, world, given.source, prune.calibration)
     importance, gone = _importance(given, written.model, world, chunks[0], batches)
     kept = choose(importance, recipe.model, written.model, gone)
@@ -52,7 +53,7 @@ def smaller(given: Input, written: Recipe, world: World, begin: Callable[[], Non
         from largeformer.compression.pruning.structured import staying
 
         channels = partial(staying, kept, recipe.model)
-        changed = reconstruct(chunks[0], shards, batches, world.groups, channels, prune.dampening, sources(own, kept))
+        changed = reconstruct(chunks[0], shards, batches, world.groups, channels, stored.read, prune.dampening, sources(own, kept))
     del chunks, shards
     begin()
     made = _write_cut(stored, kept, importance, changed, own, given, written)

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,6 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
             return artifact
         if artifact is None:
             check_text(given.recipe, world, given.source.prepared)
-            world.from_main(lambda: take(given, given.origin()))
             artifact = _train(given, world, cut_short)
         if artifact is None:
             report("requeue")
@@ -90,7 +90,8 @@ def _look(given: Input, world: World, fresh: bool) -> tuple[Artifact | None, boo
     def look() -> tuple[Artifact | None, bool]:
         check(given.recipe)
         done = finished(given, given.origin(), fresh=fresh)
-        if done is not None and _is_described(given):
+        # Where a training has ended the manifest is there before the figures are.
+        if done is not None and "scheme" in done.metrics and _is_described(given):
             return done, True
         flat = _flat(given, world).recipe
         check_calibration(flat, given.source, flat.quantize.calibration, flat.layout(world.info.world_size).data)
@@ -117,7 +118,8 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
     from largeformer.training.gradual import hold_growing
 
     flat = _flat(given, world)
-    start = start_of_training(flat, world.regroup(flat.recipe), recipe_yaml(given.recipe))
+    begin = partial(world.from_main, lambda: take(given, given.origin()))
+    start = start_of_training(flat, world.regroup(flat.recipe), recipe_yaml(given.recipe), begin)
     world = world.regroup(given.recipe)
     lesson = given.recipe.quantize.distill
     tutor = Tutor(load_model(given.recipe, world, given.source.checkpoint), lesson, world) if lesson is not None else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +16,7 @@ from largeformer.stages.common.calibrating import calibration
 from largeformer.stages.common.inputs import Input, take
 from largeformer.stages.common.sparse import sparsity_kept
 from largeformer.stages.common.weights import Source, load_model
-from largeformer.stages.quantize_table import error_table, worst
+from largeformer.stages.quantize_table import check_finite, check_outputs, error_table, figures, worst
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ class _Work:
 
     @classmethod
     def on(cls, given: Input, world: World, checkpoint: Path) -> _Work:
-        """The model of `checkpoint`, and the calibration text. Collective."""
+        """The model of `checkpoint`, and the calibration text. Collective. Raises BadInputError where weights are not finite."""
         from largeformer.compression.linears import linears
         from largeformer.models.gpt import build_gpt
         from largeformer.training.checkpointing import load_weights
@@ -66,6 +65,7 @@ class _Work:
         batches = calibration(given.recipe, world, given.source, given.recipe.quantize.calibration)
         chunks, shards = build_gpt(_exact(given.recipe), world.groups, world.device)
         load_weights(checkpoint, shards)
+        check_finite(shards, checkpoint)
         model = chunks[0].eval()
         return cls(given.recipe, world, model, shards, linears(model, shards, world.groups), batches)
 
@@ -161,20 +161,20 @@ class Start:
     input_scales: dict[str, torch.Tensor]
 
 
-def start_of_training(given: Input, world: World, config_yaml: str) -> Start:
+def start_of_training(given: Input, world: World, config_yaml: str, begin: Callable[[], None]) -> Start:
     """Smooth and calibrate the model that the stage was given, as far as the recipe says so. `given` is at an inference layout, which is
-    the world's. Collective."""
+    the world's; `begin` takes its folder, once nothing is refused. Collective."""
     settings, checkpoint = given.recipe.quantize, given.source.checkpoint
     inputs: dict[str, torch.Tensor] = {}
-    if settings.smoothquant is None and settings.activations != "tensor":
-        return Start(checkpoint, inputs)
-    work = _Work.on(given, world, checkpoint)
-    if settings.smoothquant is not None:
+    work = _Work.on(given, world, checkpoint) if settings.smoothquant is not None or settings.activations == "tensor" else None
+    if work is not None and settings.smoothquant is not None:
         work.smooth()
         work.as_kept()
-        checkpoint = work.save(given.folder / SMOOTHED, config_yaml)
-    if settings.activations == "tensor":
+    if work is not None and settings.activations == "tensor":
         inputs = {linear.name: scale.cpu() for linear, scale in work.input_scales().items()}
+    begin()
+    if work is not None and settings.smoothquant is not None:
+        checkpoint = work.save(given.folder / SMOOTHED, config_yaml)
     return Start(checkpoint, inputs)
 
 
@@ -204,6 +204,7 @@ def quantize(given: Input, world: World, trained: Source | None, config_yaml: st
     scales = {linear: one for linear, one in scales.items() if linear not in beyond}
     named = by_name(scales, names)
     check_scales(named)
+    check_outputs(errors, given.source.checkpoint)
     for linear, (_, weights) in solved.items():
         if linear in scales:
             set_local(linear, weights)
@@ -219,7 +220,7 @@ def quantize(given: Input, world: World, trained: Source | None, config_yaml: st
     with quantized(work.scheme, scales, world.groups):
         quality = _beside_the_given(work, given)
     table = error_table(names.all(work.each), errors, ignore)
-    return Made(described, table, {**_metrics(work, quality), "float_layers": list(ignore), **zeros, **worst(table)})
+    return Made(described, table, {**figures(settings, quality), "float_layers": list(ignore), **zeros, **worst(table)})
 
 
 def local(linear: Linear) -> torch.Tensor:
@@ -290,21 +291,6 @@ def _beside_the_given(work: _Work, given: Input) -> Quality:
         windows = islice(windows, -(-tokens // step))
     (reference,) = load_model(_exact(recipe), world, given.source.checkpoint)
     return compare(work.model, reference, windows, world.groups, tokenizer.piece_bytes)
-
-
-def _metrics(work: _Work, quality: Quality) -> dict[str, Any]:
-    settings, found = work.settings, quality.metrics()
-    bits = quality.reference_loss * quality.tokens / math.log(2) / quality.bytes if quality.bytes else math.nan
-    return {
-        "scheme": settings.scheme,
-        "method": settings.method,
-        "smoothquant": settings.smoothquant is not None,
-        "calibration_windows": work.settings.calibration.samples,
-        "perplexity_before": math.exp(min(quality.reference_loss, 700.0)),
-        "bits_per_byte_before": bits,
-        "split": "test",
-        **found,
-    }
 
 
 def _exact(recipe: Recipe) -> Recipe:

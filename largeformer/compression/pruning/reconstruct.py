@@ -36,13 +36,15 @@ def reconstruct(
     batches: Sequence[Batch],
     groups: ParallelGroups,
     staying: Callable[[str], torch.Tensor],
+    stored: Callable[[str], torch.Tensor],
     dampening: float,
     wanted: Collection[str],
 ) -> dict[str, torch.Tensor]:
     """Change the layers of `model` behind feed-forward channels and heads that go, one after another, each for the text as the changed ones
     before leave it. Collective. Returns the changed weights [o, i] of the global names in `wanted`, on the CPU.
 
-    staying: by a weight's global name, which of its input channels stay, ascending. What is 0 stays so. `model`: as for `layerwise.walk`.
+    staying, stored: by a weight's global name, which of its input channels stay, ascending, and the weight as the checkpoint has it, which
+    the model may hold in a narrower dtype. What is 0 stays so. `model`: as for `layerwise.walk`.
     """
     changed: dict[str, torch.Tensor] = {}
 
@@ -54,7 +56,7 @@ def reconstruct(
         for linear, hessian in found.items():
             if isinstance(hessian, Hessian):
                 name = linear.keys[0]
-                whole = least_squares(linear.whole(), hessian, staying(name).to(hessian.sum.device), dampening)
+                whole = least_squares(stored(name).to(hessian.sum.device), hessian, staying(name).to(hessian.sum.device), dampening)
                 linear.put(whole)
                 if name in wanted:
                     changed[name] = whole.cpu()

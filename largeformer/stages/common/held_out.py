@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from largeformer.artifact import Artifact
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError, StageFailed
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.weights import Source
 from largeformer.stages.common.world import World
@@ -42,8 +45,19 @@ def held_out_loss(recipe: Recipe, world: World, source: Source, chunks: Sequence
     return evaluate(chunks, ([batch] for batch in windows), world.groups, tokenizer.piece_bytes)
 
 
+def check_sound(loss: LossTotal, checkpoint: Path) -> None:
+    """Raise BadInputError where the loss of the model that a stage was given is not finite."""
+    if not math.isfinite(loss.loss):
+        raise BadInputError(
+            f"the loss of {checkpoint} on held-out text is {loss.loss}: its weights or activations are not finite; begin with a sound "
+            "checkpoint, or with a train.precision of a wider range"
+        )
+
+
 def held_out_figures(before: LossTotal, after: LossTotal) -> dict[str, Any]:
-    """For the manifest of a stage that changes a model: what it was, and what it is."""
+    """For the manifest of a stage that changes a model: what it was, and what it is. Raises StageFailed where it is not finite."""
+    if not math.isfinite(after.loss):
+        raise StageFailed([f"the loss of the model that was made is {after.loss}: its weights or activations are not finite"])
     return {
         "split": "valid",
         "loss_before": before.loss,

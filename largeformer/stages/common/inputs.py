@@ -5,6 +5,7 @@ folder/origin.json    what makes the result what it is: the stage's settings, th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from largeformer.stages.common.claim import CONFIG, belongs_to_another, holds_re
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
 ORIGIN = "origin.json"
+_MODELS = ("import", "pretrain", "prune", "distill", "quantize")
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,30 @@ class Input:
         """What makes the result what it is. `further`: other artifacts that it is made from, such as a teacher."""
         parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
         checkpoint = weights_named(self.source.checkpoint, self.made_by)
-        return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents}
+        return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents, **self._calibrated_on()}
+
+    def _calibrated_on(self) -> dict[str, str | None]:
+        """The content of the text that `calibration.text` names."""
+        section = getattr(self.recipe, self.entry.stage, None)
+        settings = getattr(section, "calibration", None)
+        return {} if settings is None or settings.text is None else {"calibration_text": content_named(Path(settings.text))}
 
 
 def weights_named(checkpoint: Path, made_by: Artifact | None) -> str:
     """What an identity calls the weights of a checkpoint: by its name, beside the identity of its stage; where that has not finished
     (`made_by` None) nobody has said yet what they are, and their checksums do. Raises OSError where it cannot be read."""
     return checkpoint.name if made_by is not None else f"{checkpoint.name} {checksum(checkpoint)}"
+
+
+def content_named(text: Path) -> str | None:
+    """What an identity calls a file of text, or a prepare folder; None where there is neither, which is refused where it is read."""
+    if (prepared := Artifact.read(text)) is not None:
+        return prepared.identity
+    try:
+        with text.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
@@ -64,12 +83,16 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
 
 
 def stage_before(recipe: Recipe, entry: StageEntry) -> Path:
-    """The folder of the nearest stage before `entry` in the recipe's own run that has left checkpoints; of one that does not stand in
-    `run.stages` the last of all. Raises BadInputError where that stage has not finished."""
+    """The folder of the nearest stage before `entry` in the recipe's own run that has left a model; of one that does not stand in
+    `run.stages` the last of all. Raises BadInputError where that stage has not finished, or its checkpoints are gone."""
     run, names = Path(recipe.run.output_dir), [other.name for other in recipe.run.stages]
     earlier = names[: names.index(entry.name)] if entry.name in names else [name for name in names if name != entry.name]
-    models = [run / name for name in ("import", *earlier) if (run / name / "checkpoints").is_dir()]
-    if models and Artifact.read(models[-1]) is None:
+    kinds = {other.name: other.stage for other in recipe.run.stages} | {"import": "import"}
+    made = {run / name: Artifact.read(run / name) for name in ("import", *earlier) if kinds[name] in _MODELS}
+    models = [folder for folder, artifact in made.items() if (folder / "checkpoints").is_dir() or artifact is not None]
+    if models and not (models[-1] / "checkpoints").is_dir():
+        raise BadInputError(f"{models[-1]} has finished, and its checkpoints are gone: restore them, or run {models[-1].name} again")
+    if models and made[models[-1]] is None:
         raise BadInputError(
             f"{models[-1]} has left checkpoints but has not finished: it was interrupted, or is beyond its quality.limits. Run "
             f"{models[-1].name} to its end, or work on it as it is with --from {models[-1]}"
@@ -119,8 +142,6 @@ def _damaged(folder: Path) -> bool:
     from largeformer.checkpoint.commit import newest
     from largeformer.checkpoint.verify import quick_problems
 
-    if not (folder / "checkpoints").is_dir():
-        return False
     checkpoint = newest(folder / "checkpoints")
     return checkpoint is None or bool(quick_problems(checkpoint))
 

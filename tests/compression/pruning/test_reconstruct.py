@@ -98,7 +98,8 @@ def fitted(ranks: RankContext, recipe: Recipe) -> dict[str, torch.Tensor]:
             for batch in batches:
                 model.chunk(batch.tokens, batch.position_ids, None)
         wanted = {shard.key for shard in model.shards}
-        changed = reconstruct(model.chunk, model.shards, batches, model.groups, staying, 0.01, wanted)
+        stored = {linear.keys[0]: linear.whole() for layer in linears(model.chunk, model.shards, model.groups) for linear in layer}
+        changed = reconstruct(model.chunk, model.shards, batches, model.groups, staying, stored.__getitem__, 0.01, wanted)
         assert torch.equal(first.whole().cpu(), changed[first.keys[0]]), "the model that the text goes on through is the changed one"
         stay, inputs = STAYING["proj"], torch.cat(seen.seen)
         outputs = inputs @ whole.t()
