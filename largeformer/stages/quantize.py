@@ -114,6 +114,7 @@ def _is_described(given: Input) -> bool:
 
 def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None:
     from largeformer.compression.quantization.fake_quantization import train_rounded
+    from largeformer.models.dropout import without_dropout
     from largeformer.stages.quantize_scales import kept_layers, scheme_of, start_of_training
     from largeformer.training.gradual import hold_growing
 
@@ -128,6 +129,7 @@ def _train(given: Input, world: World, cut_short: str | None) -> Artifact | None
         train_rounded(chunks, shards, world.groups, scheme_of(given.recipe.quantize), start.input_scales, kept_layers(given.recipe))
         hold_growing(shards, given.recipe.model)  # which here does not grow: pruned weights stay 0
         if tutor is not None:
+            without_dropout(chunks)  # beside its own floats a model needs nothing against overfitting, and noise leads away from them
             tutor.follow(chunks)
 
     parents = {name: parent for name, parent in given.parents.items() if parent is not given.source.prepared}

@@ -428,6 +428,21 @@ TAUGHT = "quantize.distill={temperature: 2.0, alpha: 0.6}"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", [{}, GPT2], ids=["llama", "gpt2"])
+def test_what_is_taught_by_its_own_floats_trains_without_dropout(tmp_path: Path, architecture: dict[str, Any]) -> None:
+    """Before the first step it says what they say."""
+    dropping = {**architecture, "num_layers": 2, "hidden_dropout": 0.3, "attention_dropout": 0.3}
+    assert cli.main(["pretrain", "-c", str(write_recipe(tmp_path, model=dropping, train={"log_interval": 1}))]) == 0
+    run = tmp_path / "run"
+    names = [name for row in rows(load_recipe(run / "pretrain" / "config.yaml").model, "llama") for name in row.theirs]
+    linear = [name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")]
+    settings = ["quantize.scheme=w8a8", f"quantize.keep_float=[{', '.join(linear)}]", "train.log_interval=1", *QAT, TAUGHT]
+    assert quantize(run, *settings) == 0
+    first, *_ = (json.loads(line) for line in (run / "quantize" / "metrics.jsonl").read_text().splitlines() if "kd_loss" in line)
+    assert abs(first["kd_loss"]) < 1e-6
+
+
+@pytest.mark.slow
 def test_training_with_rounding_is_taught_by_the_floats(run: Path, tmp_path: Path) -> None:
     """Nothing is to be learnt at first of a teacher that is the model itself, and the rounded one is off; alike at every layout."""
     names = [name for row in rows(load_recipe(run / "pretrain" / "config.yaml").model, "llama") for name in row.theirs]
