@@ -72,6 +72,12 @@ class Artifact:
         return cls(path=folder, **{name: raw[name] for name in wanted})
 
 
+def file_sha256(path: Path) -> str:
+    """Of the whole file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def size_problems(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     """A sentence for each file below `folder` that is missing, or has another size than it was written with."""
     problems = []

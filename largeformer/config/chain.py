@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 StageName = Literal["prepare", "pretrain", "prune", "distill", "quantize", "evaluate", "export"]
 _ONCE = ("prepare", "pretrain")
+_TAKEN = (*get_args(StageName), "import", "teacher_answers")
 _S = TypeVar("_S", bound=Section)
 
 
@@ -97,6 +98,8 @@ def chain_problems(recipe: Recipe) -> Iterator[str]:
             yield f"run.stages has two stages named {entry.name}: give one of them another name, as in {other}"
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*", entry.name):
             yield f"run.stages names a stage {entry.name!r}, which is no plain folder name: use letters, digits, - and _"
+        elif (entry.name in _TAKEN and entry.name != entry.stage and entry.stage not in _ONCE) or ".old-" in entry.name:
+            yield f"run.stages names a {entry.stage} {entry.name}, which is the folder of something else: choose another name"
         elif entry.stage in _ONCE and entry.name != entry.stage:
             yield f"run.stages names its {entry.stage} {entry.name}: a run has one, in a folder of the stage's own name; leave the name out"
         seen.add(entry.name)

@@ -26,8 +26,9 @@ from largeformer.config.tracking import TrackingConfig
 from largeformer.errors import BadInputError
 from largeformer.layout import Layout, padded_vocab_size
 
-_NOT_ITS_OWN: dict[str, Any] = {"train": True, "optimizer": True, "offline": {"folder"}}
-"""Keys of a stage's section that are not part of its identity as they stand there: what is merged elsewhere, and places."""
+_NOT_ITS_OWN: dict[str, Any] = {"train": True, "optimizer": True, "offline": {"folder"}, "teacher": True, "seed": True}
+"""Keys of a stage's section that are not part of its identity as they stand there: what is merged elsewhere, and places. A teacher is a
+parent."""
 
 
 class RunConfig(Section):
@@ -227,7 +228,12 @@ class Recipe(Section):
         train = self.train.model_dump(
             mode="json", include={"precision", "global_batch_size", "train_iters", "rampup_batch_size", "early_stopping"}
         )
-        training = {"train": train, "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"})}
+        training = {
+            "train": train,
+            "optimizer": self.optimizer.model_dump(mode="json", exclude={"backend"}),
+            # Only a guard that leaves samples out changes what a run comes to.
+            **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
+        }
         section = getattr(self, stage, None)
         if section is not None:
             own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude=_NOT_ITS_OWN)}
@@ -240,6 +246,4 @@ class Recipe(Section):
             **tokenizer_and_data,
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
             **training,
-            # Only a guard that leaves samples out changes what a run comes to.
-            **({"guards": self.guards.what_is_left_out} if self.guards.rewinds else {}),
         }

@@ -115,6 +115,8 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
         model = ModelConfig.model_validate(shape)
     except KeyError as error:
         raise BadInputError([*problems, f"config.json says no {error.args[0]}, which a {kind} needs"]) from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise BadInputError([*problems, f"config.json holds a size that is no number above 0 ({error}): a {kind} cannot have it"]) from None
     except ValidationError as error:
         wrong = [f"config.json: {'.'.join(map(str, found['loc']))} would be {found['input']!r}: {found['msg']}" for found in error.errors()]
         raise BadInputError([*problems, *wrong]) from None

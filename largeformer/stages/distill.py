@@ -14,6 +14,7 @@ from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.inputs import finished, take
+from largeformer.stages.common.interruptions import CutShort
 from largeformer.stages.common.sparse import sparsity_trained
 from largeformer.stages.common.teaching import Taught
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
@@ -34,14 +35,21 @@ if TYPE_CHECKING:
 STAGE = "distill"
 
 
-def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+def run(
+    recipe: Recipe,
+    source: Path | None = None,
+    *,
+    fresh: bool = False,
+    entry: StageEntry | None = None,
+    cut_short: CutShort | None = None,
+) -> Artifact | None:
     """Train the student. `source`: a run, a stage or a checkpoint that it comes from, by default the stage before. Returns the artifact,
     or None where `exit_iteration` came before the end. Raises BadInputError, StopRequested where a signal or the clock stopped it, and
     StageFailed where a pruned weight came back."""
     entry = entry or entry_named(recipe, STAGE)
     as_set = at_stage(recipe, entry)
     check_world(as_set)
-    cut_short = interruptions.cut_short(recipe)
+    ended = (cut_short or interruptions.cut_short(recipe)).get(entry.name)
     prepared = prepare.run_or_wait(recipe)
     with reporting(recipe, entry.name) as report, enter_world(as_set) as world:
         lesson = lesson_of(recipe, entry, source, prepared)
@@ -50,7 +58,7 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
             check_text(lesson.given.recipe, world, prepared)
             job = _job(lesson, world, prepared)
             world.from_main(lambda: take(lesson.given, lesson.origin()))
-            artifact = train(lesson.given.recipe, world, job, cut_short)
+            artifact = train(lesson.given.recipe, world, job, ended)
         if artifact is None:
             report("requeue")
     return artifact

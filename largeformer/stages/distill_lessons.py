@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largeformer.artifact import identity_hash
+from largeformer.artifact import file_sha256, identity_hash
+from largeformer.config.schema import Recipe
+from largeformer.errors import StageFailed
+from largeformer.stages.common import prepared_data
 from largeformer.stages.common.feeding import samples_to_train_on, training_batches
 from largeformer.stages.common.weights import load_model
 from largeformer.stages.common.world import World
@@ -53,10 +56,22 @@ def written_answers(lesson: Lesson, world: World) -> AnswerReader:
         dictation = Dictation(teacher, world.groups, world.device, vocabulary, recipe.train.loss_chunk_size, top_k)
         text = training_batches(recipe, world, lesson.given.source.prepared)(0)
         writer = AnswerWriter(folder, world.info.rank, offline.precision)
-        if not dictation.write(text, until, where, writer, lambda: signals.received):
+        try:
+            ended = dictation.write(text, until, where, writer, lambda: signals.received)
+        except OSError as error:
+            told = f"the teacher's answers cannot be written to {folder} ({error}): free its disk and start again; what was said is kept"
+            raise StageFailed([told]) from error
+        if not ended:
             raise StopRequested("stopped by a signal while the teacher's answers were written")
         where = world.from_main(lambda: index(folder))
     return AnswerReader(folder, where)
+
+
+def _scores(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the files that a curriculum by loss is sorted by."""
+    folder = getattr(recipe.data.sampling, "scores", None)
+    files = sorted(Path(folder).expanduser().rglob("*.npy")) if folder is not None else []
+    return {path.name: file_sha256(path) for path in files}
 
 
 def answers_identity(lesson: Lesson) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def answers_identity(lesson: Lesson) -> dict[str, Any]:
     text = {key: recipe.identity("pretrain")[key] for key in ("tokenizer", "data", "seed")}
     return {
         "teacher": identity_hash({name: digest.sha256 for name, digest in files.items() if name.startswith("weights/")}),
-        "text": identity_hash({**text, "prepared": lesson.given.source.prepared.identity}),
+        "text": identity_hash({**text, "content": prepared_data.content(lesson.given.source.prepared), "scores": _scores(recipe)}),
         "seq_length": recipe.model.seq_length,
         "samples": samples_to_train_on(recipe),
         "computed_in": recipe.train.precision,

@@ -45,7 +45,7 @@ def run(recipe: Recipe, source: Path | None = None, *, again: bool = True, entry
     """
     recipe = without_virtual_stages(on_this_world(recipe, discover(os.environ).world_size))
     # As a command it may look at a run that is still training, whose status it leaves alone.
-    told = reporting(recipe, STAGE) if entry is not None else contextlib.nullcontext()
+    told = reporting(recipe, entry.name) if entry is not None else contextlib.nullcontext()
     with told, StopSignals.current().at_once(), enter_world(recipe, training=False) as world:
         given = input_of(recipe, entry or entry_named(recipe, STAGE), source)
         origin = _origin(given)

@@ -73,7 +73,9 @@ def _import(held: _Held, weights: StoredTensors, recipe: Recipe, source: Path, f
     """Write everything in `made`, and give it the name `folder`; what is there is set aside."""
     parameters, checksums = _write_checkpoint(held.state(weights), recipe, made)
     metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, made)}
-    identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums})
+    model, tokenizer = recipe.model.model_dump(mode="json", exclude={"attention_backend"}), recipe.tokenizer.model_dump(exclude={"model"})
+    read_as = {"model": model, "tokenizer": tokenizer, "tokenizer_sha256": metrics.get("tokenizer_sha256")}
+    identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums, **read_as})
     artifact = Artifact(STAGE, made, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
     if folder.exists() and any(folder.iterdir()):
         set_aside(folder)
@@ -99,7 +101,9 @@ def _held_by_hugging_face(source: Path) -> _Held:
     from largeformer.models.hf_mapping import from_hugging_face
 
     config = _read_config(source)
-    model, vocab_size = model_of(config), config["vocab_size"]
+    model, vocab_size = model_of(config), config.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise BadInputError(f"{source / 'config.json'} says vocab_size {vocab_size}: name the number of rows of the embedding there")
 
     def state(weights: StoredTensors) -> Mapping[str, torch.Tensor]:
         return from_hugging_face({name: weights.read(name) for name in weights.names}, model, vocab_size)

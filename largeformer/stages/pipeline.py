@@ -16,19 +16,20 @@ from largeformer.config.schema import Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
 from largeformer.stages.common.held_out import check_held_out
+from largeformer.stages.common.interruptions import CutShort, cut_short
 from largeformer.stages.common.libraries import check_libraries
 from largeformer.stages.common.weights import find_source, shaped_like
 from largeformer.stages.common.world import check_world, reporting
 from largeformer.stages.quality_report import write_report
 
-STAGES: dict[str, Callable[[Recipe, StageEntry, bool], Artifact | None]] = {
-    "prepare": lambda recipe, entry, fresh: prepare.run_or_wait(recipe, fresh=fresh),
-    "pretrain": lambda recipe, entry, fresh: pretrain.run(recipe, fresh=fresh),
-    "prune": lambda recipe, entry, fresh: prune.run(recipe, fresh=True, entry=entry),
-    "distill": lambda recipe, entry, fresh: distill.run(recipe, fresh=True, entry=entry),
-    "quantize": lambda recipe, entry, fresh: quantize.run(recipe, fresh=True, entry=entry),
-    "evaluate": lambda recipe, entry, fresh: evaluate.run(recipe, again=False, entry=entry),
-    "export": lambda recipe, entry, fresh: export.run(recipe, fresh=fresh or _is_ours(recipe, entry), entry=entry),
+STAGES: dict[str, Callable[[Recipe, StageEntry, bool, CutShort], Artifact | None]] = {
+    "prepare": lambda recipe, entry, fresh, ended: prepare.run_or_wait(recipe, fresh=fresh),
+    "pretrain": lambda recipe, entry, fresh, ended: pretrain.run(recipe, fresh=fresh, cut_short=ended),
+    "prune": lambda recipe, entry, fresh, ended: prune.run(recipe, fresh=True, entry=entry, cut_short=ended),
+    "distill": lambda recipe, entry, fresh, ended: distill.run(recipe, fresh=True, entry=entry, cut_short=ended),
+    "quantize": lambda recipe, entry, fresh, ended: quantize.run(recipe, fresh=True, entry=entry, cut_short=ended),
+    "evaluate": lambda recipe, entry, fresh, ended: evaluate.run(recipe, again=False, entry=entry),
+    "export": lambda recipe, entry, fresh, ended: export.run(recipe, fresh=fresh or _is_ours(recipe, entry), entry=entry),
 }
 
 
@@ -58,12 +59,12 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
             check_world(at_stage(recipe, entry))
     check_libraries(recipe, fresh=fresh)
     _check_given_model(recipe)
-    is_main = discover(os.environ).is_main
+    is_main, ended = discover(os.environ).is_main, cut_short(recipe)
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):
         if is_main:
             print(f"[{number}/{len(recipe.run.stages)}] {entry.name} -> {Path(recipe.run.output_dir) / entry.name}", flush=True)
-        artifact = STAGES[entry.stage](recipe, entry, fresh)
+        artifact = STAGES[entry.stage](recipe, entry, fresh, ended)
         if artifact is None:
             return None
         if entry.stage == "prepare" and _reads_test_split(recipe):  # told now, not after the training

@@ -12,6 +12,7 @@ from largeformer.stages import prepare
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
 from largeformer.stages.common.damage import check_training
+from largeformer.stages.common.interruptions import CutShort
 from largeformer.stages.common.sparse import is_sparse, sparsity_trained
 from largeformer.stages.common.training import TrainingJob, train
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -19,12 +20,12 @@ from largeformer.stages.common.world import World, check_world, enter_world, rep
 STAGE = "pretrain"
 
 
-def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
+def run(recipe: Recipe, *, fresh: bool = False, cut_short: CutShort | None = None) -> Artifact | None:
     """Train under `<output_dir>/pretrain`. Returns the artifact, or None where `exit_iteration` came before the end. Raises StopRequested
     where a signal or the clock did."""
     folder = Path(recipe.run.output_dir) / STAGE
     check_world(recipe)
-    cut_short = interruptions.cut_short(recipe)
+    ended = (cut_short or interruptions.cut_short(recipe)).get(STAGE)
     prepared = prepare.run_or_wait(recipe, fresh=fresh)
     with reporting(recipe, STAGE) as report, enter_world(recipe) as world:
         job = TrainingJob(STAGE, folder, identity_hash(recipe.identity(STAGE)), prepared)
@@ -35,7 +36,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
         world.from_main(lambda: claim(folder, recipe, STAGE, fresh))
         artifact = world.from_main(lambda: Artifact.read(folder))
         if artifact is None:
-            artifact = train(recipe, world, job, cut_short)
+            artifact = train(recipe, world, job, ended)
         if artifact is None:
             report("requeue")
     return artifact

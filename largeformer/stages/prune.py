@@ -24,6 +24,7 @@ from largeformer.stages.common import interruptions, prepared_data
 from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.held_out import check_sound, held_out_figures, held_out_loss
 from largeformer.stages.common.inputs import Input, finished, input_of, record, take
+from largeformer.stages.common.interruptions import CutShort
 from largeformer.stages.common.training import Accompanied, TrainingJob, train
 from largeformer.stages.common.weights import inference_layout, load_model
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
@@ -41,14 +42,21 @@ STAGE = "prune"
 _LIBRARIES = ("largeformer", "torch", "megatron-core")
 
 
-def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+def run(
+    recipe: Recipe,
+    source: Path | None = None,
+    *,
+    fresh: bool = False,
+    entry: StageEntry | None = None,
+    cut_short: CutShort | None = None,
+) -> Artifact | None:
     """Prune the checkpoint at `source` (default: of the stage before this one in the recipe's own run), as `prune` says. Returns the
     artifact; one that is there for this checkpoint and these settings is returned as it is. None where `exit_iteration` ended a gradual
     schedule before its end. Raises StopRequested where a signal or the clock did."""
     entry = entry or entry_named(recipe, STAGE)
     staged = at_stage(recipe, entry)
     if staged.prune.trains:
-        return _gradually(recipe, staged, source, fresh, entry)
+        return _gradually(recipe, staged, source, fresh, entry, cut_short)
     whole = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.name), StopSignals.current().at_once(), enter_world(whole, training=False) as world:
         given = input_of(whole, entry, source)
@@ -56,10 +64,12 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
         return _once(recipe, given, world, fresh, work)
 
 
-def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry) -> Artifact | None:
+def _gradually(
+    recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry, cut_short: CutShort | None
+) -> Artifact | None:
     """In a training at the recipe's layout; measured before and after at an inference layout."""
     check_world(staged)
-    cut_short = interruptions.cut_short(recipe)
+    ended = (cut_short or interruptions.cut_short(recipe)).get(entry.name)
     with reporting(recipe, entry.name) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
         if given.source.prepared.kind != prepared_data.KIND:
@@ -70,7 +80,7 @@ def _gradually(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool,
         if artifact is None:
             check_text(given.recipe, world, given.source.prepared)
             world.from_main(lambda: take(given, given.origin()))
-            artifact = _train(given, world, cut_short)
+            artifact = _train(given, world, ended)
         if artifact is None:
             report("requeue")
             return None
@@ -171,6 +181,7 @@ def _once(recipe: Recipe, given: Input, world: World, fresh: bool, work: Work) -
         "parameters_before": before,
         "parameters": parameters,
         "parameters_kept": parameters / before,
+        **prepared_data.tokenizer_of(given.source.prepared),
         **work(given, written, world, lambda: world.from_main(lambda: take(own, origin))),
     }
     artifact = Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], metrics, library_versions(_LIBRARIES))

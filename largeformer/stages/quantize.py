@@ -25,11 +25,12 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
-from largeformer.stages.common import interruptions
+from largeformer.stages.common import interruptions, prepared_data
 from largeformer.stages.common.calibrating import check_calibration
 from largeformer.stages.common.feeding import check_text
 from largeformer.stages.common.held_out import check_held_out
 from largeformer.stages.common.inputs import Input, finished, input_of, record, take
+from largeformer.stages.common.interruptions import CutShort
 from largeformer.stages.common.teaching import Tutor
 from largeformer.stages.common.training import LIBRARIES, TrainingJob, train
 from largeformer.stages.common.weights import Source, inference_layout, load_model
@@ -46,13 +47,20 @@ LAYERS = "layers.json"
 _SHOWN = 8
 
 
-def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entry: StageEntry | None = None) -> Artifact | None:
+def run(
+    recipe: Recipe,
+    source: Path | None = None,
+    *,
+    fresh: bool = False,
+    entry: StageEntry | None = None,
+    cut_short: CutShort | None = None,
+) -> Artifact | None:
     """Quantize the checkpoint at `source` (default: of the stage before this one in the recipe's own run). Returns the artifact; with
     method qat None where `exit_iteration` came before the end. Raises BadInputError, StageFailed, or StopRequested for a signal."""
     entry = entry or entry_named(recipe, STAGE)
     staged = at_stage(recipe, entry)
     if staged.quantize.trains:
-        return _run_training(recipe, staged, source, fresh, entry)
+        return _run_training(recipe, staged, source, fresh, entry, cut_short)
     flat = inference_layout(recipe, discover(os.environ).world_size)
     with reporting(recipe, entry.name), StopSignals.current().at_once(), enter_world(flat, training=False) as world:
         given = input_of(recipe, entry, source)
@@ -65,10 +73,12 @@ def run(recipe: Recipe, source: Path | None = None, *, fresh: bool = False, entr
         return made
 
 
-def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry) -> Artifact | None:
+def _run_training(
+    recipe: Recipe, staged: Recipe, source: Path | None, fresh: bool, entry: StageEntry, cut_short: CutShort | None
+) -> Artifact | None:
     """Train with rounding at the recipe's layout; smooth and calibrate before, and measure afterwards, at an inference layout."""
     check_world(staged)
-    cut_short = interruptions.cut_short(recipe)
+    ended = (cut_short or interruptions.cut_short(recipe)).get(entry.name)
     with reporting(recipe, entry.name) as report, enter_world(staged) as world:
         given = input_of(recipe, entry, source)
         artifact, complete = _look(given, world, fresh)
@@ -76,7 +86,7 @@ def _run_training(recipe: Recipe, staged: Recipe, source: Path | None, fresh: bo
             return artifact
         if artifact is None:
             check_text(given.recipe, world, given.source.prepared)
-            artifact = _train(given, world, cut_short)
+            artifact = _train(given, world, ended)
         if artifact is None:
             report("requeue")
             return None
@@ -154,7 +164,8 @@ def _newest(given: Input) -> Path:
 
 def _unfinished(given: Input) -> Artifact:
     origin = given.origin()
-    return Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], {}, library_versions((*LIBRARIES, "compressed-tensors")))
+    reads_by, versions = prepared_data.tokenizer_of(given.source.prepared), library_versions((*LIBRARIES, "compressed-tensors"))
+    return Artifact(STAGE, given.folder, identity_hash(origin), origin["parents"], reads_by, versions)
 
 
 def _finish(given: Input, world: World, artifact: Artifact, trained: Source | None) -> Artifact:

@@ -231,12 +231,13 @@ def test_the_watchdog_is_patient_where_work_takes_long(tmp_path: Path, where: st
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_it_had_saved_says_so_next_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["pretrain", "run"])
+def test_a_run_killed_before_it_had_saved_says_so_next_time(tmp_path: Path, command: str) -> None:
     path = recipe(tmp_path, checkpoint={"save_interval": 2})
     killed = launch(path, ranks=1, faults=f"0 {FORWARD} 9 SIGTERM;0 {SAVE} 2 SIGKILL")
     assert killed.codes == [-signal.SIGKILL]
     assert status(path) == {**status(path), "status": "running", "stopping": "SIGTERM"}
-    assert launch(path, ranks=1).codes == [0]
+    assert launch(path, "run.stages=[prepare, pretrain]", ranks=1, command=command).codes == [0]
     told = [event for event in events(path) if event["event"] == "cut short"]
     assert [event["step"] for event in told] == [2] and "SIGTERM" in told[0]["reason"]
 

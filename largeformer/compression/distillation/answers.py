@@ -97,8 +97,11 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         )
     if there is None and any(folder.glob(f"*{_SUFFIX}")):
         raise BadInputError(f"{folder} holds answers without {_IDENTITY}, which says whose: delete it, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
+    except OSError as error:
+        raise BadInputError(f"{folder} cannot be written ({error}): name another as distill.offline.folder") from None
     for unfinished in folder.glob(f"answers_*.{socket.gethostname()}-*.tmp"):
         if not Path("/proc", unfinished.stem.rpartition("-")[2]).exists():  # another run may be writing here
             unfinished.unlink()

@@ -5,14 +5,13 @@ folder/origin.json    what makes the result what it is: the stage's settings, th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largeformer.artifact import Artifact, identity_hash, write_atomically
+from largeformer.artifact import Artifact, file_sha256, identity_hash, write_atomically
 from largeformer.checkpoint.manifest import checksum
 from largeformer.config.chain import StageEntry, at_stage
 from largeformer.config.load import recipe_yaml
@@ -65,8 +64,7 @@ def content_named(text: Path) -> str | None:
     if (prepared := Artifact.read(text)) is not None:
         return prepared.identity
     try:
-        with text.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(text)
     except OSError:
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +26,24 @@ LAUNCHER_PATIENCE_S = 30.0
 """Between a signal, or the end of the first rank, and SIGKILL, with DeepSpeed's launcher and torchrun; neither can be told otherwise."""
 
 
+CutShort = Mapping[str, str]
+"""By the name of a stage, a sentence about how the process before this one ended there."""
+
+
 def announcer(recipe: Recipe, stage: str) -> Callable[[str], None]:
     """Says in `status.json`, from rank 0, that all ranks are about to save and stop: should they be killed meanwhile, it stands there."""
     folder, is_main = Path(recipe.run.output_dir), discover(os.environ).is_main
     return lambda reason: write_status(folder, "running", stage=stage, stopping=reason) if is_main else None
 
 
-def cut_short(recipe: Recipe) -> str | None:
-    """A sentence where the process before this one was to save and stop, and was killed before it had. To be asked first of all."""
+def cut_short(recipe: Recipe) -> CutShort:
+    """Where the process before this one was to save and stop, and was killed before it had. To be asked first of all, before a stage says
+    in `status.json` what it does."""
     status = read_status(Path(recipe.run.output_dir)) if discover(os.environ).is_main else None
     if not status or status.get("status") != "running" or "stopping" not in status:
-        return None
-    return f"stopped by {status['stopping']}, and ended before its checkpoint was complete: the steps since the one before are done again"
+        return {}
+    reason = f"stopped by {status['stopping']}, and ended before its checkpoint was complete: the steps since the one before are done again"
+    return {str(status.get("stage")): reason}
 
 
 def hanging(recipe: Recipe, stage: str) -> Callable[[str], None]:

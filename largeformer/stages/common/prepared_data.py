@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from largeformer.artifact import Artifact, file_sha256, identity_hash
 from largeformer.config.schema import Recipe
 from largeformer.data.reading.corpus import pair_name
 from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
@@ -14,6 +16,17 @@ KIND = "prepare"
 def stage_folder(recipe: Recipe) -> Path:
     """Where the recipe's run keeps its prepared data."""
     return Path(recipe.run.output_dir) / KIND
+
+
+def tokenizer_of(prepared: Artifact) -> dict[str, Any]:
+    """For the metrics of a model's stage: by which tokenizer it reads."""
+    return {key: prepared.metrics[key] for key in ("tokenizer_sha256",) if key in prepared.metrics}
+
+
+def content(prepared: Artifact) -> str:
+    """A hash of the documents' lengths and the tokenizer: an identity is that of the recipe alone, and its sources may have changed."""
+    lengths = {path.name: file_sha256(path) for path in sorted(prepared.path.glob("*.idx"))}
+    return identity_hash({"lengths": lengths, "files": prepared.metrics.get("files"), **tokenizer_of(prepared)})
 
 
 def prefixes(recipe: Recipe, folder: Path) -> list[tuple[Path, float]]:

@@ -7,6 +7,7 @@ model before the engine takes it, and what accompanies the batches: that is a `T
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from largeformer.artifact import Artifact, library_versions
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
-from largeformer.stages.common import interruptions
+from largeformer.errors import StageFailed
+from largeformer.stages.common import interruptions, prepared_data
 from largeformer.stages.common.feeding import build_feed
 from largeformer.stages.common.planned import plan_errors, planned_columns
 from largeformer.stages.common.sampling import build_sampler
@@ -255,6 +257,8 @@ def _machine(recipe: Recipe, world: World) -> Machine:
 
 def _finish(world: World, job: TrainingJob, training: Training, outcome: Outcome) -> Artifact:
     total = training.validate()
+    if not math.isfinite(total.loss):
+        raise StageFailed([f"the validation loss after the last step is {total.loss}: the training diverged; lower optimizer.lr"])
     artifact = Artifact(
         kind=job.kind,
         path=job.folder,
@@ -265,6 +269,7 @@ def _finish(world: World, job: TrainingJob, training: Training, outcome: Outcome
             "steps": training.progress.step,
             "tokens": training.progress.tokens,
             "val_loss": total.loss,
+            **prepared_data.tokenizer_of(job.prepared),
             "val_bits_per_byte": total.bits_per_byte,
             **job.measure(training),
             **world.from_main(lambda: plan_errors(job.folder / "metrics.jsonl")),

@@ -64,7 +64,10 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
         raise BadInputError(
             f"{checkpoint} lies in no run with a {prepared_data.KIND} folder, which holds the tokenizer: copy the whole run folder"
         )
-    trained_by = _imported(stage) or own or _imported(stage.parent / "import")
+    # The stage itself has said by which it was trained; a prepare folder may have been made anew since.
+    made = Artifact.read(stage)
+    told = made if made is not None and "tokenizer_sha256" in made.metrics else None
+    trained_by = told or _imported(stage) or own or _imported(stage.parent / "import")
     theirs, cut_by = (None if one is None else one.metrics.get("tokenizer_sha256") for one in (trained_by, prepared))
     if None not in (theirs, cut_by) and theirs != cut_by:
         raise BadInputError(

@@ -1,0 +1,106 @@
+"""Models whose run has got another text since: what was said of the old one, or reads by its tokenizer, is not taken for the new one's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from largeformer import cli
+from largeformer.artifact import Artifact, read_status
+from tests.recipes import python_sources
+from tests.stages.test_prune import write_recipe
+
+HALF = ["distill.student={init: teacher_layers, model: {num_layers: 2}}", "distill.offline={}"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe, its run and its text, none of which names another place."""
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / "text").mkdir()
+    shutil.copyfile(json.decoder.__file__, folder / "text" / "a.py")
+    sources = [{"path": "text/*.py", "split": "1,0,0"}, *python_sources()]
+    run = {"output_dir": "run"}
+    recipe = write_recipe(folder, run=run, data={"sources": sources}, train={"train_iters": 2, "eval_interval": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["run", "-c", str(recipe)]) == 0
+    return folder
+
+
+@pytest.fixture
+def recipe(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, elsewhere, which becomes the working directory."""
+    shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy" / "recipe.yaml"
+
+
+def largeformer(recipe: Path, command: str, *further: str) -> int:
+    return cli.main([command, "-c", str(recipe), *further])
+
+
+def test_answers_are_those_to_one_text(recipe: Path) -> None:
+    said = recipe.parent / "run" / "teacher_answers"
+    assert largeformer(recipe, "distill", *HALF) == 0
+    assert largeformer(recipe, "distill", *HALF, "distill.alpha=0.5", "--fresh") == 0
+    assert len(list(said.iterdir())) == 1
+    shutil.copyfile(json.encoder.__file__, recipe.parent / "text" / "b.py")
+    assert largeformer(recipe, "prepare", "--append") == 0
+    assert largeformer(recipe, "distill", *HALF, "distill.alpha=0.4", "--fresh") == 0
+    assert len(list(said.iterdir())) == 2
+
+
+def test_a_model_is_not_read_by_another_tokenizer(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = recipe.parent / "run"
+    pruned = ["prune.method=magnitude"]
+    assert largeformer(recipe, "prune", *pruned) == 0
+    assert largeformer(recipe, "evaluate", "--from", str(run / "prune")) == 0
+    shutil.copyfile(shutil.__file__, recipe.parent / "text" / "a.py")
+    shutil.rmtree(run / "prepare")
+    assert largeformer(recipe, "prepare") == 0
+    for stage in ("pretrain", "prune"):
+        assert largeformer(recipe, "evaluate", "--from", str(run / stage)) == 2
+        assert "reads by another tokenizer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"), [(["distill.teacher=pretrain"], True), (["distill.seed=1234"], True), (["distill.seed=5"], False)]
+)
+def test_the_same_teacher_by_another_name_teaches_the_same(recipe: Path, settings: list[str], same: bool) -> None:
+    assert largeformer(recipe, "distill", HALF[0]) == 0
+    assert (largeformer(recipe, "distill", HALF[0], *settings) == 0) is same
+
+
+def test_answers_that_cannot_be_written(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert largeformer(recipe, "distill", HALF[0], f"distill.offline={{folder: {tmp_path / 'file' / 'answers'}}}") == 2
+    error = capfd.readouterr().err
+    assert "name another as distill.offline.folder" in error and "Traceback" not in error
+
+
+def test_a_training_that_diverges_is_told_in_a_sentence(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    diverging = "distill.optimizer={lr: 1.0e+19, min_lr: 0.0, clip_grad: 0.0}"
+    assert largeformer(recipe, "distill", HALF[0], diverging) == 1
+    error = capfd.readouterr().err
+    assert "the validation loss after the last step is" in error and "Traceback" not in error
+
+
+def test_an_import_that_reads_otherwise_is_another_one(recipe: Path) -> None:
+    run, imported = recipe.parent / "run", recipe.parent / "imported"
+    assert largeformer(recipe, "export", "export.formats=[largeformer]", "export.gate_tokens=64") == 0
+    found = []
+    for changes in ([], [], ["model.seq_length=16"]):
+        assert cli.main(["import", "--from", str(run / "export" / "largeformer"), "-o", str(imported), "--fresh", *changes]) == 0
+        made = Artifact.read(imported / "import")
+        assert made is not None
+        found.append(made.identity)
+    assert found[0] == found[1] != found[2]
+
+
+def test_an_evaluation_has_its_own_name_in_the_status(recipe: Path) -> None:
+    assert largeformer(recipe, "run", "run.stages=[pretrain, {evaluate: {name: at-the-end}}]") == 0
+    assert (read_status(recipe.parent / "run") or {})["stage"] == "at-the-end"
