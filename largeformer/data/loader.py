@@ -6,6 +6,8 @@ layout: all that a resumed run must know is how many samples were consumed. docs
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ _PREFETCHED = 8  # micro batches that a thread, or each loading process, is ahea
 _STEPS_AHEAD = 2
 _PLAIN = Packing()
 _CPU = torch.device("cpu")
+_LOOKS_EVERY_S = 1.0
 _OF_THE_RANK = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
@@ -161,6 +165,7 @@ def _in_a_thread(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
 
 
 def _in_processes(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
+    ending = multiprocessing.Event()
     loader = DataLoader(
         load,
         sampler=plan,  # type: ignore[arg-type]
@@ -171,7 +176,7 @@ def _in_processes(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
         pin_memory=plan.reading.device.type == "cuda",
         # Its own generator: else the loader draws a seed from torch's, and a resumed run would see other dropout.
         generator=torch.Generator(),
-        worker_init_fn=partial(_leave_signals_to_the_rank, os.getpid()),
+        worker_init_fn=partial(_leave_signals_to_the_rank, os.getpid(), ending),
     )
     # Blocked from their first moment on, not only once `_leave_signals_to_the_rank` has run. The rank gets what has come afterwards.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
@@ -179,26 +184,31 @@ def _in_processes(load: _MicroBatches, plan: _Consecutive) -> Iterator[Batch]:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.register(ending.set)  # runs before multiprocessing ends its processes by SIGTERM, and waits for them
     try:
         yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(f"a loading process died ({error}): is memory short? data.num_workers 0 reads in a thread") from error
+    finally:
+        atexit.unregister(ending.set)
 
 
-def _leave_signals_to_the_rank(rank: int, worker: int) -> None:
+def _leave_signals_to_the_rank(rank: int, ending: Event, worker: int) -> None:
     """In a loading process: what a launcher sends to all processes passes it by, since the rank reads on until it has saved. Only
-    SIGTERM from `rank`, a process id, ends it: that is how a rank that leaves its batches open ends what it waits for."""
+    SIGTERM from `rank`, a process id, ends it: that is how a rank that leaves its batches open ends what it waits for. A signal that
+    finds another of its kind waiting is lost; that the rank is `ending` stands beyond that."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
-    threading.Thread(target=_end_with, args=(rank,), name="signals", daemon=True).start()
+    threading.Thread(target=_end_with, args=(rank, ending), name="signals", daemon=True).start()
 
 
-def _end_with(rank: int) -> None:
-    while True:
-        told = signal.sigwaitinfo(_OF_THE_RANK)
-        if told.si_signo == signal.SIGTERM and told.si_pid == rank:
-            os._exit(0)
+def _end_with(rank: int, ending: Event) -> None:
+    while not ending.is_set():
+        told = signal.sigtimedwait(_OF_THE_RANK, _LOOKS_EVERY_S)
+        if told is not None and told.si_signo == signal.SIGTERM and told.si_pid == rank:
+            break
+    os._exit(0)
 
 
 def _thread(device: torch.device) -> ThreadPoolExecutor:

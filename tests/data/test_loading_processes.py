@@ -28,7 +28,10 @@ for _ in range(100):
     batches.next()
 assert len(multiprocessing.active_children()) == 2
 """
+# What is sent to a process for which the same signal waits already is lost.
+LOST = "from multiprocessing import popen_fork; popen_fork.Popen.terminate = lambda self: None; sys.exit(75)"
 CASES = {
+    "SIGTERM, the rank's own lost": (signal.SIGTERM, LOST),
     "SIGTERM, the batches left open": (signal.SIGTERM, "sys.exit(75)"),
     "SIGUSR1, the batches closed": (signal.SIGUSR1, "del batches; assert not multiprocessing.active_children(); sys.exit(75)"),
 }
