@@ -195,9 +195,19 @@ def _quantization(scheme: Scheme, job: Job) -> Quantization:
     """As a stage `quantize` has calibrated it, where the weights of this format are those of its scheme; else round to nearest."""
     found = job.quantized
     if found is None or found.scheme.bits != scheme.bits or (scheme.activations and not found.scheme.symmetric):
-        return Quantization(scheme, job.config.keep_float)
+        return Quantization(scheme, _kept_together(job))
     scheme = replace(scheme, group_size=found.scheme.group_size, symmetric=found.scheme.symmetric)
-    return Quantization(scheme, tuple(dict.fromkeys([*found.ignore, *job.config.keep_float])), found.given)
+    return Quantization(scheme, tuple(dict.fromkeys([*found.ignore, *_kept_together(job)])), found.given)
+
+
+def _kept_together(job: Job) -> tuple[str, ...]:
+    """`export.keep_float`, and what clients compute as one with a layer that it names: queries, keys and values; gate and up."""
+    named = dict.fromkeys(job.config.keep_float)
+    for row in rows(job.model, "llama"):
+        fused = [name.removesuffix(".weight") for name in row.theirs if name.endswith("_proj.weight")]
+        if any(name in named for name in fused):
+            named |= dict.fromkeys(fused)
+    return tuple(named)
 
 
 def _onnx_keep_float(job: Job) -> tuple[str, ...]:

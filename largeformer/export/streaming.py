@@ -24,6 +24,7 @@ from largeformer.checkpoint.manifest import read_manifest
 from largeformer.errors import BadInputError
 from largeformer.models.hf_mapping import BESIDE
 
+INDEX = f"model{SUFFIX}.index.json"
 PART_BYTES = 16 * 2**20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -44,8 +45,9 @@ class StoredTensors:
 
     @classmethod
     def of_folder(cls, folder: Path) -> StoredTensors:
-        """All safetensors files in a folder. Raises BadInputError where it has none."""
-        names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+        """The safetensors files that a folder's index names, else its `model.safetensors`, else all that it has: another copy of the
+        weights may lie beside them. Raises BadInputError where there are none."""
+        names = _indexed(folder) or sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
         if not names:
             raise BadInputError(f"{folder} holds no {SUFFIX} file: name the folder that the weights were saved in")
         return cls(folder, names)
@@ -95,7 +97,7 @@ class ShardedWriter:
         names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         self._files = [_File(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
         self._file_of = {entry.name: file for file, shard in zip(self._files, shards, strict=True) for entry in shard}
-        self._index = folder / "model.safetensors.index.json" if count > 1 else None
+        self._index = folder / INDEX if count > 1 else None
         self.total_bytes = sum(entry.bytes for entry in entries)
 
     def append(self, name: str, rows: torch.Tensor) -> None:
@@ -151,6 +153,19 @@ class _File:
         self._file.close()
         short = [name for name, at in self._next.items() if at != self._end[name]]
         assert not complete or not short, f"{self.path.name}: not all rows came of {short}"
+
+
+def _indexed(folder: Path) -> list[str]:
+    index, alone = folder / INDEX, folder / f"model{SUFFIX}"
+    if not index.is_file():
+        return [alone.name] if alone.is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInputError(f"{index} does not say which files hold the weights ({error!r}): copy the whole folder again") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise BadInputError(f"{index} names {missing[0]}, which is not there: copy the whole folder")
+    return names
 
 
 def _shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 
 from largeformer.config.quality import QualityConfig
 from largeformer.config.schema import GenerateConfig, Recipe
+from largeformer.errors import BadInputError
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.weights import Source, load_model
 from largeformer.stages.quality import Step, timed
@@ -38,18 +42,17 @@ def reference(recipe: Recipe, world: World, source: Source, folder: Path) -> Ref
     (model,) = load_model(exact, world, source.checkpoint)
     batches = list(_windows(recipe, source))
     vocab_size = recipe.tokenizer.vocab_size
-    shape = (len(batches), recipe.model.seq_length, vocab_size)
-    file, kept = folder / "logits.npy", None
-    if world.info.is_main:
-        folder.mkdir()
-        kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    shape = (len(batches), batches[0].tokens.shape[1], vocab_size)
+    file = folder / "logits.npy"
+    world.from_main(lambda: _allocate(file, shape))
+    kept = np.lib.format.open_memmap(file, mode="r+") if world.info.is_main else None
     with torch.no_grad():
         for index, batch in enumerate(batches):
             here = batch.to(world.device)
             logits = model(here.tokens, here.position_ids, None, runtime_gather_output=True)
             if kept is not None:
                 kept[index] = logits[0, :, :vocab_size].float().cpu().numpy()
-    length = min(GENERATED, recipe.model.seq_length // 2)
+    length = min(GENERATED, shape[1] // 2)
     prompt = batches[0].tokens[0, : min(length, int(batches[0].loss_mask[0].sum()))].tolist()
     greedy = GenerateConfig(max_new_tokens=length, temperature=0.0)
     # No id ends it: past the end of a document the comparison goes on.
@@ -61,6 +64,27 @@ def reference(recipe: Recipe, world: World, source: Source, folder: Path) -> Ref
     return Reference(tokens, labels, counted > 0, file, prompt, continuation)
 
 
+def _allocate(file: Path, shape: tuple[int, ...]) -> None:
+    """A file for float32 of this shape, all of whose blocks there are: writing to one that a full disk has not ends the process. Raises
+    BadInputError."""
+    file.parent.mkdir()
+    try:
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        with file.open("r+b") as whole:
+            os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        size = f"{4 * math.prod(shape) / 1e6:,.0f} MB"
+        raise BadInputError(
+            f"{size} for logits cannot be had in {file.parent} ({error}): free its disk, or lower export.gate_tokens"
+        ) from None
+
+
+def gate_window(recipe: Recipe) -> int:
+    """How many tokens of text are read at once where exports are compared."""
+    return min(recipe.model.seq_length, recipe.export.gate_tokens)
+
+
 def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     """The first windows of the held-out text, `export.gate_tokens` in all or as many as there are."""
     from largeformer.data.loader import Reading, evaluation_windows
@@ -69,8 +93,9 @@ def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     folder = source.prepared.path
     tokenizer = prepared_data.open_tokenizer(recipe, folder)
     streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
-    count = -(-recipe.export.gate_tokens // recipe.model.seq_length)
-    return islice(evaluation_windows(streams, recipe.model.seq_length, Reading(micro_batch_size=1), tokenizer.eod), count)
+    length = gate_window(recipe)
+    count = -(-recipe.export.gate_tokens // length)
+    return islice(evaluation_windows(streams, length, Reading(micro_batch_size=1), tokenizer.eod), count)
 
 
 def sample_texts(recipe: Recipe, source: Source) -> list[str]:

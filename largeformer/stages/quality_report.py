@@ -147,7 +147,8 @@ def _over_the_same_text(export: Artifact, parity: Mapping[str, Any], source: Art
 def _seq_length(export: Path) -> int | None:
     """How long the windows are that an export was compared over; None where its folder does not say."""
     try:
-        return int(yaml.safe_load((export / "config.yaml").read_text())["model"]["seq_length"])
+        recipe = yaml.safe_load((export / "config.yaml").read_text())
+        return min(int(recipe["model"]["seq_length"]), int(recipe["export"]["gate_tokens"]))
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None
 

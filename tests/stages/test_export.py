@@ -305,6 +305,46 @@ def test_an_import_that_is_refused_leaves_everything_as_it_was(run: Path, tmp_pa
     assert (imported / "import.old-1" / "manifest.json").read_bytes() == before
 
 
+def test_a_copy_of_the_weights_beside_them_is_not_read(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As some publish one in another layout; and an index says which files are meant."""
+    source = tmp_path / "hf"
+    shutil.copytree(run / "export" / "hf", source)
+    save_file({"layers.0.attention.wk.weight": torch.zeros(2, 2)}, source / "consolidated.safetensors")
+    assert cli.main(["import", "--from", str(source), "-o", str(tmp_path / "alone")]) == 0
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
+    assert cli.main(["import", "--from", str(source), "-o", str(tmp_path / "indexed")]) == 0
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    assert cli.main(["import", "--from", str(source), "-o", str(tmp_path / "lost")]) == 2
+    assert "names model-00002-of-00002.safetensors, which is not there" in capfd.readouterr().err
+
+
+def test_a_layer_that_stays_float_keeps_those_that_clients_fuse_with_it(copy: Path) -> None:
+    kept = "export.keep_float=[lm_head, model.layers.1.self_attn.k_proj]"
+    assert cli.main(["export", "--from", str(copy), "export.formats=[hf-int8]", kept]) == 0
+    settings = json.loads((copy / "export" / "hf-int8" / "config.json").read_text())["quantization_config"]
+    assert set(settings["ignore"]) == {"lm_head", *(f"model.layers.1.self_attn.{part}_proj" for part in "qkv")}
+
+
+def test_logits_that_no_disk_holds(copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert cli.main(["export", "--from", str(copy), "export.formats=[hf]"]) == 2
+    error = capfd.readouterr().err
+    assert "for logits cannot be had" in error and "Traceback" not in error
+    assert not list((copy / "export").glob("*reference*"))
+
+
+def test_the_gate_reads_no_more_than_it_is_told(copy: Path) -> None:
+    """Though the model's windows are longer."""
+    assert cli.main(["export", "--from", str(copy), "export.formats=[hf]", "export.gate_tokens=12"]) == 0
+    parity = json.loads((copy / "export" / "manifest.json").read_text())["metrics"]["formats"]["hf"]["parity"]["model"]
+    assert parity["tokens"] == 12 and parity["max_logit_difference"] < 1e-4
+
+
 def reshape(folder: Path, old: str, new: str) -> None:
     text = (folder / "config.yaml").read_text()
     assert old in text

@@ -53,7 +53,7 @@ def report(folder: Path, export: dict[str, Any], parents: dict[str, str], seq_le
     Artifact("prune", folder / "prune", "r", {"prepare": "p", "pretrain": "t"}, judged(LOSS)).write()
     Artifact("quantize", folder / "quantize", "q", {"prepare": "p", "prune": "r"}, judged(LOSS)).write()
     made = Artifact("export", folder / "export", "e", parents, export).write()
-    (made.path / "config.yaml").write_text(f"model: {{seq_length: {seq_length}}}\n")
+    (made.path / "config.yaml").write_text(f"model: {{seq_length: {seq_length}}}\nexport: {{gate_tokens: 4096}}\n")
     write_report(recipe_in(folder))
     return {row["name"]: row for row in json.loads((folder / "quality.json").read_text())}
 
