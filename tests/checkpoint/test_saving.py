@@ -95,6 +95,7 @@ def save_on_a_full_disk(ranks: RankContext, folder: Path, async_save: bool, fail
     with bench_of(ranks, recipe_of()) as bench:
         checkpoints = checkpoints_of(bench, folder, events, async_save)
         checkpoints.save(train(bench, 1))
+        checkpoints._complete()  # its thread writes before the disk is full
         state = train(bench, 2)
         with full_disk(30_000) if ranks.rank == failing else contextlib.nullcontext():
             checkpoints.save(state)
