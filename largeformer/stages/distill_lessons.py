@@ -69,9 +69,11 @@ def written_answers(lesson: Lesson, world: World) -> AnswerReader:
 
 def _scores(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that a curriculum by loss is sorted by."""
-    folder = getattr(recipe.data.sampling, "scores", None)
-    files = sorted(Path(folder).expanduser().rglob("*.npy")) if folder is not None else []
-    return {path.name: file_sha256(path) for path in files}
+    named = getattr(recipe.data.sampling, "scores", None)
+    if named is None:
+        return {}
+    folder = Path(named).expanduser()
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*.npy"))}
 
 
 def answers_identity(lesson: Lesson) -> dict[str, Any]:

@@ -80,11 +80,6 @@ def _allocate(file: Path, shape: tuple[int, ...]) -> None:
         ) from None
 
 
-def gate_window(recipe: Recipe) -> int:
-    """How many tokens of text are read at once where exports are compared."""
-    return min(recipe.model.seq_length, recipe.export.gate_tokens)
-
-
 def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     """The first windows of the held-out text, `export.gate_tokens` in all or as many as there are."""
     from largeformer.data.loader import Reading, evaluation_windows
@@ -93,7 +88,7 @@ def _windows(recipe: Recipe, source: Source) -> Iterator[Batch]:
     folder = source.prepared.path
     tokenizer = prepared_data.open_tokenizer(recipe, folder)
     streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, SPLIT, recipe.run.seed)
-    length = gate_window(recipe)
+    length = min(recipe.model.seq_length, recipe.export.gate_tokens)
     count = -(-recipe.export.gate_tokens // length)
     return islice(evaluation_windows(streams, length, Reading(micro_batch_size=1), tokenizer.eod), count)
 
