@@ -21,7 +21,7 @@ from largeformer.config.schema import ModelConfig
 from largeformer.errors import BadInputError
 from largeformer.export.streaming import PART_BYTES, Entry, ShardedWriter, StoredTensors
 from largeformer.models.hf_config import architecture, hugging_face_config
-from largeformer.models.hf_mapping import Row, rows, shapes
+from largeformer.models.hf_mapping import Row, rows, shapes, zeros
 
 
 class Encoder(Protocol):
@@ -65,12 +65,16 @@ def write_weights(source: StoredTensors, model: ModelConfig, vocab_size: int, en
     table = rows(model, architecture(model).style)
     theirs = shapes(table, model, vocab_size)
     entries = [entry for name, shape in theirs.items() for entry in encoder.entries(name, tuple(shape))]
+    entries += [entry for name, size in zeros(model).items() for entry in encoder.entries(name, (size,))]
     with ShardedWriter(folder, entries, max_shard_bytes) as writer:
         for row in table:
             expected = sum(_elements(theirs[name]) for name in row.theirs)
             if math.prod(source.shape(row.ours)) != expected:
                 raise BadInputError(f"{source.folder} holds {row.ours} of shape {list(source.shape(row.ours))}, which is not this model's")
             _write_in_parts(source.read(row.ours), row, model, encoder, writer)
+        for name, size in zeros(model).items():
+            for stored, tensor in encoder.encode(name, torch.zeros(size), 0).items():
+                writer.append(stored, tensor)
     return writer.total_bytes
 
 

@@ -33,7 +33,11 @@ class Architecture:
 
 
 def architecture(model: ModelConfig) -> Architecture:
-    """The Hugging Face architecture that holds this shape. Raises BadInputError where none does, with what stands in the way."""
+    """The Hugging Face architecture that holds this shape. Raises BadInputError where none does, with what stands in the way.
+
+    With biases on queries, keys and values alone it is a Llama too, whose bias on the output is zero (`hf_mapping.zeros`), and no Qwen2:
+    transformers reads the tokenizer in a Qwen2's folder by Qwen2's own rules, whatever the folder says of it.
+    """
     is_gpt2 = model.normalization == "LayerNorm"
     family, needed = ("GPT-2", _GPT2_HAS) if is_gpt2 else ("Llama", _LLAMA_HAS)
     wrong = [
@@ -51,8 +55,6 @@ def architecture(model: ModelConfig) -> Architecture:
         raise BadInputError(wrong)
     if is_gpt2:
         return Architecture("GPT2LMHeadModel", "gpt2", "gpt2")
-    if model.add_qkv_bias and not model.add_bias_linear:
-        return Architecture("Qwen2ForCausalLM", "qwen2", "llama")  # a Llama with biases on queries, keys and values alone
     return Architecture("LlamaForCausalLM", "llama", "llama")
 
 
@@ -79,7 +81,6 @@ def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
             "embd_pdrop": model.hidden_dropout,
             "attn_pdrop": model.attention_dropout,
         }
-    biases = {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear} if kind.model_type == "llama" else {}
     return common | {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
@@ -93,7 +94,8 @@ def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "rope_theta": model.rotary_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
         "attention_dropout": model.attention_dropout,
-        **biases,
+        "attention_bias": model.add_bias_linear or model.add_qkv_bias,
+        "mlp_bias": model.add_bias_linear,
     }
 
 
@@ -150,8 +152,8 @@ def _read_llama(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"hidden_act is {config['hidden_act']!r}; our gated layers have silu")
     if rope.get("rope_type", "default") != "default":
         problems.append(f"rope_parameters.rope_type is {rope['rope_type']!r}; ours is default")
-    if bias != mlp_bias:
-        problems.append(f"attention_bias is {bias} and mlp_bias {mlp_bias}; ours are both or neither (model.add_bias_linear)")
+    if mlp_bias and not bias:
+        problems.append("attention_bias is False and mlp_bias True; ours are both (model.add_bias_linear), or on the attention alone")
     if config["model_type"] == "mistral" and window is not None and window < positions:
         problems.append(f"sliding_window is {window}; our attention reaches back to the beginning")
     return {
@@ -164,7 +166,7 @@ def _read_llama(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "seq_length": positions,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "add_bias_linear": bias,
+        "add_bias_linear": mlp_bias,
         "add_qkv_bias": bias or qwen,
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "attention_dropout": config.get("attention_dropout", 0.0),

@@ -8,7 +8,7 @@ dictionaries of tensors on both sides; the transformers library is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -165,9 +165,9 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 def to_hugging_face(state: Weights, model: ModelConfig, style: Style | None = None) -> dict[str, torch.Tensor]:
     """Our global tensors under their names. Tied embeddings stand once, as in their files.
 
-    `style` None: as `architecture` picks it. The tensors may share memory with `state`.
+    `style` None: as `architecture` picks it, with its `zeros`. The tensors may share memory with `state`.
     """
-    made: dict[str, torch.Tensor] = {}
+    made = {} if style else {name: torch.zeros(size) for name, size in zeros(model).items()}
     for row in rows(model, style or architecture(model).style):
         made.update(zip(row.theirs, row.form.cut(state[row.ours], model), strict=True))
     return made
@@ -176,6 +176,7 @@ def to_hugging_face(state: Weights, model: ModelConfig, style: Style | None = No
 def from_hugging_face(state: Weights, model: ModelConfig, vocab_size: int, style: Style | None = None) -> dict[str, torch.Tensor]:
     """Their tensors under our names. Raises BadInputError with every tensor that is missing, misshapen or unknown to this shape."""
     table = rows(model, style or architecture(model).style)
+    state = _without_zeros(state, {} if style else zeros(model))
     if "wte.weight" in state:  # some GPT-2 files leave out the outermost module's name
         state = {f"transformer.{name}": tensor for name, tensor in state.items()}
     _check(state, table, model, vocab_size)
@@ -193,6 +194,28 @@ def rows(model: ModelConfig, style: Style) -> list[Row]:
             theirs = {name.replace("*", THEIR_LAYER[style].format(layer)): shape for name, shape in row.theirs.items()}
             made.append(Row(row.ours.replace("*", f"decoder.layers.{layer}."), theirs, row.form, row.needs))
     return made
+
+
+def zeros(model: ModelConfig) -> dict[str, int]:
+    """The vectors that their class has and our model has not, and their lengths: where queries, keys and values alone have biases, the
+    output's."""
+    if model.normalization == "LayerNorm" or model.add_bias_linear or not model.add_qkv_bias:
+        return {}
+    return {f"{THEIR_LAYER['llama'].format(layer)}self_attn.o_proj.bias": model.hidden_size for layer in range(model.num_layers)}
+
+
+def _without_zeros(state: Weights, names: Iterable[str]) -> Weights:
+    """`state` without what these `zeros` name; a Qwen2 has none of them. Raises BadInputError where one is not zero."""
+    held = [name for name in names if name in state]
+    if moved := [name for name in held if state[name].any()]:
+        raise BadInputError(
+            [
+                f"{name} is not zero, and config.json says mlp_bias False: our attention has biases on queries, keys and values alone, or "
+                "every linear layer has one"
+                for name in moved
+            ]
+        )
+    return {name: tensor for name, tensor in state.items() if name not in held}
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:

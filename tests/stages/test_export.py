@@ -243,6 +243,21 @@ def test_import_is_the_way_back(run: Path, tmp_path: Path) -> None:
     assert ours.stdout == theirs.stdout
 
 
+def test_biases_of_queries_keys_and_values_alone_there_and_back(tmp_path: Path) -> None:
+    """A Llama with a zero for the output's; as a Qwen2 it would be read with Qwen2's tokenizer, whatever lies in its folder."""
+    formats = {"formats": ["hf", "hf-int8"]}
+    recipe = write_recipe(tmp_path, model={**TINY["model"], "add_qkv_bias": True}, export=formats, optimizer={"lr": 0.05})
+    done = start("run", "-c", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored, output = StoredTensors.of_folder(tmp_path / "run" / "export" / "hf"), "model.layers.0.self_attn.o_proj.bias"
+    assert stored.read("model.layers.0.self_attn.q_proj.bias").abs().max() > 0.01 and not stored.read(output).any()
+    assert cli.main(["import", "--from", str(tmp_path / "run" / "export" / "hf"), "-o", str(tmp_path / "back")]) == 0
+    model = load_recipe(str(tmp_path / "back" / "import" / "config.yaml")).model
+    assert (model.add_qkv_bias, model.add_bias_linear) == (True, False)
+    was, back = ("run/pretrain/checkpoints/step_00000002", "back/import/checkpoints/step_00000000")
+    assert StoredTensors.of_checkpoint(tmp_path / back).names == StoredTensors.of_checkpoint(tmp_path / was).names
+
+
 @pytest.mark.parametrize("made_by", ["export", "convert"])
 def test_our_own_folder_is_imported_as_it_was(run: Path, tmp_path: Path, made_by: str) -> None:
     folder = run / "export" / "largeformer"
