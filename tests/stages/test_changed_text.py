@@ -12,6 +12,7 @@ from largeformer import cli
 from largeformer.artifact import Artifact, read_status
 from tests.recipes import python_sources
 from tests.stages.test_prune import write_recipe
+from tests.tracking.test_jsonl import small_files
 
 HALF = ["distill.student={init: teacher_layers, model: {num_layers: 2}}", "distill.offline={}"]
 
@@ -80,6 +81,14 @@ def test_answers_that_cannot_be_written(recipe: Path, tmp_path: Path, capfd: pyt
     assert largeformer(recipe, "distill", HALF[0], f"distill.offline={{folder: {tmp_path / 'file' / 'answers'}}}") == 2
     error = capfd.readouterr().err
     assert "name another as distill.offline.folder" in error and "Traceback" not in error
+
+
+def test_answers_that_no_disk_holds_are_told_in_a_sentence(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with small_files(20_000):
+        assert largeformer(recipe, "distill", *HALF) == 1
+    error = capfd.readouterr().err
+    assert "the teacher's answers cannot be written" in error and "Traceback" not in error
+    assert largeformer(recipe, "distill", *HALF) == 0
 
 
 def test_a_training_that_diverges_is_told_in_a_sentence(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

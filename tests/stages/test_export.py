@@ -469,6 +469,9 @@ BAD_FOLDERS: dict[str, tuple[Any, str]] = {
     "pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "holds its weights as pickles"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "another vocabulary": (lambda f: break_config(f, vocab_size=499), "has 500 ids, and the model rows for 499"),
+    "no vocabulary": (lambda f: break_config(f, vocab_size=None), "config.json says vocab_size None"),
+    "no heads": (lambda f: break_config(f, num_attention_heads=0, head_dim=None), "a size that is no number above 0"),
+    "biases that are not there": (lambda f: break_config(f, attention_bias=True), "self_attn.q_proj.bias is missing"),
     "more rows": (lambda f: break_config(f, vocab_size=501), "has the shape [500, 64]; this model's is [501, 64]"),
     "no end of a text": (without_end, "tokenizer.eod_token, which is null: name what ends a document"),
 }
