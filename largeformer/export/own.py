@@ -9,7 +9,6 @@ Every shape of ours fits. `largeformer import` takes it, and what `checkpoint co
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from largeformer.artifact import write_atomically
 from largeformer.config.load import load_recipe
 from largeformer.config.schema import ModelConfig, Recipe
+from largeformer.data.tokenization.tokenizer import copy_tokenizer
 from largeformer.errors import BadInputError
 from largeformer.export.huggingface import finite
 from largeformer.export.onnx import plain_twin
@@ -39,7 +39,7 @@ def write_own(
             _write_in_parts(source.read(entry.name), model, entry, writer)
     write_atomically(folder / CONFIG, recipe.encode())
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / tokenizer.name)
+        copy_tokenizer(tokenizer, folder / tokenizer.name)
 
 
 def _write_in_parts(tensor: torch.Tensor, model: ModelConfig, entry: Entry, writer: ShardedWriter) -> None:

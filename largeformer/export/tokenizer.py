@@ -17,6 +17,7 @@ from typing import Any
 from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.data.tokenization.sentencepiece import SPACE
+from largeformer.data.tokenization.tokenizer import said_of
 from largeformer.errors import BadInputError
 
 _SPECIAL = {
@@ -46,10 +47,13 @@ def write_tokenizer(file: Path, config: TokenizerConfig, max_length: int, folder
     file: the tokenizer of the run, as `config` says. max_length: the model's positions. Raises BadInputError for a SentencePiece model that
     the JSON cannot stand for.
     """
-    content = file.read_bytes()
+    content, said = file.read_bytes(), said_of(file.parent)
     if config.type == "huggingface":
+        from tokenizers import Tokenizer
+
         write_atomically(folder / "tokenizer.json", content)
-        named = {}
+        known = Tokenizer.from_str(content.decode())
+        named = {key: text for key, text in said.items() if key.endswith("_token") and known.token_to_id(text) is not None}
     else:
         proto = _read(content)
         pieces = [_Piece(piece.piece, piece.score, _KINDS[piece.type]) for piece in proto.pieces]
@@ -62,10 +66,11 @@ def write_tokenizer(file: Path, config: TokenizerConfig, max_length: int, folder
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
         **{key: text for key, text in given.items() if text is not None},
+        **{key: text for key, text in said.items() if key == "chat_template"},
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        # `<s>` in a text is three characters.
-        "split_special_tokens": True,
+        # `<s>` in a text is three characters; but a chat template writes the names of special tokens into a text.
+        "split_special_tokens": "chat_template" not in said,
     }
     write_atomically(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 

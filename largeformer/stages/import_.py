@@ -1,7 +1,7 @@
 """`import`: a folder of Hugging Face's, or our own, becomes the first checkpoint of a run: to be generated from, trained on or compressed.
 
 RUN/import/checkpoints/step_00000000/    the weights under our names, in their dtype, and config.yaml
-RUN/import/tokenizer.model               copied, where the folder has one
+RUN/import/tokenizer.model               copied, where the folder has one, with what it says of chats and special tokens
 RUN/import/config.yaml, manifest.json    a recipe of this shape, with everything else at its default
 
 All of it is made in `import.unfinished`, and gets its name at the end.
@@ -135,6 +135,7 @@ def _open(source: Path) -> StoredTensors:
 
 def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, made: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
+    from largeformer.data.tokenization.tokenizer import copy_tokenizer
     from largeformer.parallel.device import machine_problems
 
     model, name = held.model, _tokenizer_name(source)
@@ -158,7 +159,7 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
     if name is not None:
         recipe = recipe.model_copy(update={"tokenizer": _with_unused_ids(source / name, recipe.tokenizer)})
-        shutil.copyfile(source / name, made / name)
+        copy_tokenizer(source / name, made / name)
     write_atomically(draft, recipe_yaml(recipe).encode())
     return recipe
 

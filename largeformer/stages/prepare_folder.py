@@ -28,7 +28,7 @@ from largeformer.data.preparation.workers import available_cores, run_tasks
 from largeformer.data.preparation.workspace import FILES, STATISTICS, Workspace
 from largeformer.data.reading.corpus import Source, UnusableError, files_digest, open_sources, sample_documents
 from largeformer.data.reading.units import Cursor, read_units, unit_bytes
-from largeformer.data.tokenization.tokenizer import Tokenizer, load_tokenizer, missing_symbols, tokenizer_file
+from largeformer.data.tokenization.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, missing_symbols, tokenizer_file
 from largeformer.data.tokenization.training import sample_bytes, train_tokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages.common.claim import CONFIG
@@ -37,7 +37,7 @@ from largeformer.stages.prepare_report import REPORT, Results, table
 
 logger = logging.getLogger(__name__)
 _SAMPLE_FACTOR = 8  # text read for each byte that the tokenizer is trained on
-_READ = ("tokenizer.*", "*.bin", "*.idx")  # what later stages read
+_READ = ("tokenizer*", "*.bin", "*.idx")  # what later stages read
 _ALONE_BYTES = 2**21  # less text than this is encoded before another process has started
 
 
@@ -126,7 +126,7 @@ class Preparation:
 
     def _clear(self) -> None:
         """Delete what another prepare may have left that did not finish."""
-        for pattern in ("*.bin", "*.idx", "*.tmp", "tokenizer.*", QUARANTINE, STATISTICS, FILES, REPORT):
+        for pattern in ("*.bin", "*.idx", "*.tmp", "tokenizer*", QUARANTINE, STATISTICS, FILES, REPORT):
             for leftover in self.folder.glob(pattern):
                 leftover.unlink()
         shutil.rmtree(self.folder / FINGERPRINTS, ignore_errors=True)
@@ -145,7 +145,7 @@ class Preparation:
             return self._train(sources, symbols, progress)
         if not path.exists():
             assert config.model is not None
-            write_atomically(path, Path(config.model).expanduser().read_bytes())
+            copy_tokenizer(Path(config.model).expanduser(), path)
         tokenizer = load_tokenizer(path, config)
         if missing := missing_symbols(tokenizer, [*config.user_symbols, *symbols]):
             raise BadInputError(

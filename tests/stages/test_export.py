@@ -428,6 +428,14 @@ def padded(folder: Path, rows: int) -> None:
     break_config(folder, vocab_size=rows)
 
 
+def import_here(source: Path, run: Path) -> None:
+    """Into a run folder whose recipe has a text and is short."""
+    overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]
+    overrides += ["train.train_iters=1", "train.eval_iters=1", "train.global_batch_size=2"]
+    overrides += ["tracking.wandb.mode=disabled", "export.formats=[hf]", "export.gate_tokens=256"]
+    assert cli.main(["import", "--from", str(source), "-o", str(run), *overrides]) == 0
+
+
 def import_padded(run: Path, folder: Path, kind: str) -> Path:
     """The run folder of an import of 512 rows for 500 ids."""
     source, imported = folder / "hf", folder / "imported"
@@ -436,10 +444,7 @@ def import_padded(run: Path, folder: Path, kind: str) -> Path:
     if kind == "huggingface":
         (source / "tokenizer.model").unlink()
         (source / "tokenizer_config.json").write_text("{}")  # as GPT-2 has it; config.json names the id
-    overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]
-    overrides += ["train.train_iters=1", "train.eval_iters=1", "train.global_batch_size=2"]
-    overrides += ["tracking.wandb.mode=disabled", "export.formats=[hf]", "export.gate_tokens=256"]
-    assert cli.main(["import", "--from", str(source), "-o", str(imported), *overrides]) == 0
+    import_here(source, imported)
     return imported
 
 
@@ -448,6 +453,33 @@ def test_a_model_with_more_rows_than_its_tokenizer_has_ids(run: Path, tmp_path: 
     tokens = load_recipe(str(import_padded(run, tmp_path, kind) / "import" / "config.yaml")).tokenizer
     assert (tokens.type, tokens.vocab_size, tokens.unused_ids) == (kind, 512, 12)
     assert tokens.eod_token == (None if kind == "sentencepiece" else "</s>")
+
+
+@pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Path, template: str) -> None:
+    """Also where its chain has prepared a text of its own, and by way of our own folder."""
+    source, imported = tmp_path / "hf", tmp_path / "imported"
+    shutil.copytree(run / "export" / "hf", source)
+    (source / "tokenizer.model").unlink()
+    said: dict[str, Any] = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "mask_token": "<none>"}
+    chat = "{{ bos_token }}{% for message in messages %}{{ message.content }}</s>{% endfor %}"
+    if template == "chat_template.jinja":
+        (source / template).write_text(chat)
+    else:
+        said["chat_template"] = chat
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **said}))
+    import_here(source, imported)
+    for command in ("prepare", "export"):
+        assert cli.main([command, "-c", str(imported / "import" / "config.yaml"), "export.formats=[hf, largeformer]"]) == 0
+    messages = [{"role": "user", "content": "def f(x):"}, {"role": "assistant", "content": "return x"}]
+    theirs, ours = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, imported / "export" / "hf"))
+    written = ours.apply_chat_template(messages)["input_ids"]
+    assert written == theirs.apply_chat_template(messages)["input_ids"]
+    assert [written[0], written[-1]] == theirs.convert_tokens_to_ids(["<s>", "</s>"])
+    assert len(ours) == 500, "a token that the vocabulary has not is not named"
+    assert cli.main(["import", "--from", str(imported / "export" / "largeformer"), "-o", str(tmp_path / "again")]) == 0
+    kept = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (imported / "prepare", tmp_path / "again" / "import")]
+    assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat}] * 2
 
 
 @pytest.mark.slow

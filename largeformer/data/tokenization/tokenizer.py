@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
+from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
+
+SETTINGS = "tokenizer_config.json"
+_SAID = ("chat_template", "bos_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 class Tokenizer(Protocol):
@@ -85,6 +90,26 @@ class MockTokenizer:
 def tokenizer_file(config: TokenizerConfig) -> str:
     """What the tokenizer's file is called in a prepare folder."""
     return "tokenizer.json" if config.type == "huggingface" else "tokenizer.model"
+
+
+def copy_tokenizer(file: Path, to: Path) -> None:
+    """The tokenizer's file, and what clients were told of it where it comes from (`said_of`)."""
+    write_atomically(to, file.read_bytes())
+    if said := said_of(file.parent):
+        write_atomically(to.with_name(SETTINGS), (json.dumps(said, indent=2) + "\n").encode())
+
+
+def said_of(folder: Path) -> dict[str, str]:
+    """What `tokenizer_config.json` and `chat_template.jinja` in `folder` say of how a chat is written, and of what special tokens are
+    called. Empty where there are none."""
+    try:
+        found = json.loads((folder / SETTINGS).read_text())
+    except (OSError, ValueError):
+        found = {}
+    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in dict(found).items()}
+    if (template := folder / "chat_template.jinja").is_file():
+        content["chat_template"] = template.read_text()
+    return {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
 
 
 def load_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
