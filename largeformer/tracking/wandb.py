@@ -11,6 +11,7 @@ packages of its own accord, and any of them may hold a secret.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -192,9 +193,18 @@ def _plain(name: str) -> str:
 def _end_service() -> None:
     """End W&B's own process, which would go on trying for ever: this program could not end before it."""
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
+        for child in _read(task / "children").decode().split():
+            if b"wandb-core" in _read(Path(f"/proc/{child}/cmdline")):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+
+
+def _read(path: Path) -> bytes:
+    """Of a thread or process that may have ended since it was listed: then nothing."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:

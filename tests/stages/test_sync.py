@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from largeformer import cli
@@ -28,6 +29,7 @@ def train(run: Path, steps: range, resume_step: int) -> None:
     for step in steps:
         trackers.log({"step": step, "loss": 9.0 - step, "lr": 0.1, "tokens": 64 * step})
     trackers.close("finished" if steps[-1] == 9 else "requeue")
+    wandb.teardown()  # W&B's own process may be writing still
 
 
 def sync(server: Server, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from largeformer.config.tracking import TrackingConfig, WandbConfig
 from largeformer.tracking import wandb as adapter
 from largeformer.tracking.build import build_trackers, record_artifact
 from largeformer.tracking.jsonl import JsonlTracker
-from largeformer.tracking.wandb import WandbTracker
+from largeformer.tracking.wandb import WandbTracker, _end_service
 from largeformer.tracking.wandb_login import has_key, login_problems
 from tests.tracking.wandb_records import config, header, history, only_run, runs
 
@@ -287,6 +287,11 @@ for step in (2, 3, 4):
     trackers.log({"step": step, "loss": 5.0 - step, "lr": 0.1})
 trackers.close("finished")
 """
+
+
+def test_a_thread_that_ends_while_the_service_is_looked_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "0"]))
+    _end_service()
 
 
 def test_a_network_that_dies_in_mid_run_stops_nothing(tmp_path: Path) -> None:
