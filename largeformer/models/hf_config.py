@@ -25,10 +25,9 @@ _GPT2_HAS: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Hugging Face class, its `model_type`, and whose names it uses."""
+    """A Hugging Face class, and its `model_type`, whose names it uses."""
 
     name: str
-    model_type: str
     style: Style
 
 
@@ -54,8 +53,8 @@ def architecture(model: ModelConfig) -> Architecture:
     if wrong:
         raise BadInputError(wrong)
     if is_gpt2:
-        return Architecture("GPT2LMHeadModel", "gpt2", "gpt2")
-    return Architecture("LlamaForCausalLM", "llama", "llama")
+        return Architecture("GPT2LMHeadModel", "gpt2")
+    return Architecture("LlamaForCausalLM", "llama")
 
 
 def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def hugging_face_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     kind = architecture(model)
     common = {
         "architectures": [kind.name],
-        "model_type": kind.model_type,
+        "model_type": kind.style,
         "vocab_size": vocab_size,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": model.tie_embeddings,

@@ -94,9 +94,9 @@ def tokenizer_file(config: TokenizerConfig) -> str:
 
 def copy_tokenizer(file: Path, to: Path) -> None:
     """The tokenizer's file, and what clients were told of it where it comes from (`said_of`)."""
-    write_atomically(to, file.read_bytes())
     if said := said_of(file.parent):
         write_atomically(to.with_name(SETTINGS), (json.dumps(said, indent=2) + "\n").encode())
+    write_atomically(to, file.read_bytes())  # last: where it is, all of it is
 
 
 def said_of(folder: Path) -> dict[str, str]:
@@ -106,7 +106,8 @@ def said_of(folder: Path) -> dict[str, str]:
         found = json.loads((folder / SETTINGS).read_text())
     except (OSError, ValueError):
         found = {}
-    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in dict(found).items()}
+    given = found.items() if isinstance(found, dict) else ()
+    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in given}
     if (template := folder / "chat_template.jinja").is_file():
         content["chat_template"] = template.read_text()
     return {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
