@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +44,14 @@ def generate(
     settings: GenerateConfig,
     eod: int,
     device: torch.device,
+    ends: Collection[int] = (),
 ) -> list[list[int]]:
-    """Continue each prompt until it draws `eod`, has `max_new_tokens`, or fills the model's sequence length.
+    """Continue each prompt until it draws `eod` or one of `ends`, has `max_new_tokens`, or fills the model's sequence length.
 
     An empty prompt starts from `eod`, as a document does in training. A prompt's draws depend on the seed and on its place
     among the prompts alone. Collective over the tensor-parallel group, whose ranks all get the same tokens.
 
-    Returns: the new tokens of each prompt, without `eod`.
+    Returns: the new tokens of each prompt, without the one that ended it.
     Raises BadInputError for a prompt that is longer than the sequence length or holds an id outside the vocabulary.
     """
     model = _whole_model(chunks, groups)
@@ -72,7 +73,7 @@ def generate(
         drawn = draw(logits[waiting, :vocab_size], settings, [generators[index] for index in waiting])
         dist.broadcast(drawn, src=dist.get_global_rank(groups.tensor, 0), group=groups.tensor)
         for index, token in zip(waiting, drawn.tolist(), strict=True):
-            rows[index].append(token, eod)
+            rows[index].append(token, ends={eod, *ends})
     model.train(was_training)
     return [row.new for row in rows]
 
@@ -149,12 +150,12 @@ class _Row:
     def new(self) -> list[int]:
         return self.tokens[self._prompt_length : self._ended_at]
 
-    def append(self, token: int, eod: int) -> None:
+    def append(self, token: int, ends: Collection[int]) -> None:
         """Add a drawn token. A finished row grows on, so that the batch stays rectangular; what it adds is not returned."""
         self.tokens.append(token)
         if self.finished:
             return
-        if token == eod:
+        if token in ends:
             self._ended_at = len(self.tokens) - 1
         elif len(self.tokens) == self._limit:
             self._ended_at = self._limit

@@ -94,15 +94,21 @@ def _elements(shape: list[int]) -> int:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids that clients must know; None where the tokenizer has none."""
+    """Ids that clients must know; None where the tokenizer has none. `ends`: further ones that end an answer."""
 
     eos: int | None
     bos: int | None = None
     pad: int | None = None
+    ends: tuple[int, ...] = ()
 
     def keys(self) -> dict[str, int]:
         named = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
         return {name: value for name, value in named.items() if value is not None}
+
+    def generation_keys(self) -> dict[str, int | list[int]]:
+        """As `generation_config.json` has them: all that end an answer, where they are several."""
+        all_ends = list(dict.fromkeys(i for i in (self.eos, *self.ends) if i is not None))
+        return {**self.keys(), **({"eos_token_id": all_ends} if len(all_ends) > 1 else {})}
 
 
 def write_configs(
@@ -119,7 +125,7 @@ def write_configs(
         **({"quantization_config": dict(quantization)} if quantization else {}),
     }
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids.keys()})
+    _write_json(folder / "generation_config.json", {"_from_model_config": not ids.ends, **ids.generation_keys()})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -71,10 +71,13 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
 
 def _import(held: _Held, weights: StoredTensors, recipe: Recipe, source: Path, folder: Path, made: Path) -> Artifact:
     """Write everything in `made`, and give it the name `folder`; what is there is set aside."""
+    from largeformer.data.tokenization.tokenizer import further_ends, said_of
+
     parameters, checksums = _write_checkpoint(held.state(weights), recipe, made)
     metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, made)}
     model, tokenizer = recipe.model.model_dump(mode="json", exclude={"attention_backend"}), recipe.tokenizer.model_dump(exclude={"model"})
-    read_as = {"model": model, "tokenizer": tokenizer, "tokenizer_sha256": metrics.get("tokenizer_sha256")}
+    told = {"said": said_of(made), "ends": further_ends(made)}
+    read_as = {"model": model, "tokenizer": tokenizer, "tokenizer_sha256": metrics.get("tokenizer_sha256"), **told}
     identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums, **read_as})
     artifact = Artifact(STAGE, made, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
     if folder.exists() and any(folder.iterdir()):
@@ -192,13 +195,15 @@ def _with_unused_ids(path: Path, tokens: TokenizerConfig) -> TokenizerConfig:
 def _end_of_text(source: Path) -> str | None:
     """The name of the token that ends a text: as `tokenizer_config.json` gives it, else that of the id in the model's configuration. None
     where neither does."""
-    token = _json_in(source / "tokenizer_config.json").get("eos_token")
+    from largeformer.data.tokenization.tokenizer import json_in
+
+    token = json_in(source / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
         return token
-    names = _names_by_id(_json_in(source / "tokenizer.json"))
+    names = _names_by_id(json_in(source / "tokenizer.json"))
     for file in ("generation_config.json", "config.json"):
-        given = _json_in(source / file).get("eos_token_id")
+        given = json_in(source / file).get("eos_token_id")
         named = [names[i] for i in (given if isinstance(given, list) else [given]) if i in names]
         if named:
             return named[0]
@@ -210,15 +215,6 @@ def _names_by_id(definition: Mapping[str, Any]) -> dict[int, str]:
     vocabulary = (definition.get("model") or {}).get("vocab") or {}
     pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
     return {i: piece for piece, i in pieces} | {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
-
-
-def _json_in(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file, or something else in it."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _tokenizer_metrics(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -104,6 +104,7 @@ def test_stops_at_eod_at_the_limit_and_when_full(one_process: Callable[[Recipe],
     assert len(tokens) == 10
     last = next(index for index in range(1, 10) if tokens[index] not in tokens[:index])
     assert new([5, 9], eod=tokens[last]) == tokens[:last]
+    assert generate([built.model], built.groups, [[5, 9]], GREEDY, EOD, CPU, ends=[EOD, tokens[last]]) == [tokens[:last]]
     assert new([5, 9], max_new_tokens=3) == tokens[:3]
     assert len(new([5, 9] * 14, max_new_tokens=100)) == 4, "28 of 32 positions were taken"
     assert new([5, 9] * 16) == []

@@ -428,12 +428,12 @@ def padded(folder: Path, rows: int) -> None:
     break_config(folder, vocab_size=rows)
 
 
-def import_here(source: Path, run: Path) -> None:
+def import_here(source: Path, run: Path, *arguments: str) -> None:
     """Into a run folder whose recipe has a text and is short."""
     overrides = [f"data.sources=[{{path: '{Path(json.__file__).parent.parent / 'email' / '*.py'}'}}]", "data.split='80,10,10'"]
     overrides += ["train.train_iters=1", "train.eval_iters=1", "train.global_batch_size=2"]
     overrides += ["tracking.wandb.mode=disabled", "export.formats=[hf]", "export.gate_tokens=256"]
-    assert cli.main(["import", "--from", str(source), "-o", str(run), *overrides]) == 0
+    assert cli.main(["import", "--from", str(source), "-o", str(run), *arguments, *overrides]) == 0
 
 
 def import_padded(run: Path, folder: Path, kind: str) -> Path:
@@ -468,6 +468,7 @@ def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Pa
     else:
         said["chat_template"] = chat
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **said}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9]}))
     import_here(source, imported)
     for command in ("prepare", "export"):
         assert cli.main([command, "-c", str(imported / "import" / "config.yaml"), "export.formats=[hf, largeformer]"]) == 0
@@ -477,9 +478,28 @@ def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Pa
     assert written == theirs.apply_chat_template(messages)["input_ids"]
     assert [written[0], written[-1]] == theirs.convert_tokens_to_ids(["<s>", "</s>"])
     assert len(ours) == 500, "a token that the vocabulary has not is not named"
+    assert transformers.GenerationConfig.from_pretrained(imported / "export" / "hf").eos_token_id == [2, 7, 9], "our end of a text first"
+    assert json.loads((imported / "export" / "hf" / "config.json").read_text())["eos_token_id"] == 2
     assert cli.main(["import", "--from", str(imported / "export" / "largeformer"), "-o", str(tmp_path / "again")]) == 0
-    kept = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (imported / "prepare", tmp_path / "again" / "import")]
-    assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat}] * 2
+    for folder in (imported / "prepare", tmp_path / "again" / "import"):
+        kept = [json.loads((folder / f"{name}_config.json").read_text()) for name in ("tokenizer", "generation")]
+        assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat}, {"eos_token_id": [7, 2, 9]}]
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("tokenizer_config.json", {"chat_template": "{{ messages }}"}), ("generation_config.json", {"eos_token_id": [2, 7]})]
+)
+def test_what_clients_are_told_makes_another_import(run: Path, tmp_path: Path, file: str, said: dict[str, Any]) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(run / "export" / "hf", source)
+
+    def identity() -> str:
+        import_here(source, tmp_path / "run", "--fresh")
+        return json.loads((tmp_path / "run" / "import" / "manifest.json").read_text())["identity"]  # type: ignore[no-any-return]
+
+    before = identity()
+    (source / file).write_text(json.dumps(json.loads((source / file).read_text()) | said))
+    assert identity() != before == json.loads((tmp_path / "run" / "import.old-1" / "manifest.json").read_text())["identity"]
 
 
 @pytest.mark.slow

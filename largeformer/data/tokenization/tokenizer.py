@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
 
-SETTINGS = "tokenizer_config.json"
+SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
 _SAID = ("chat_template", "bos_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -93,24 +93,40 @@ def tokenizer_file(config: TokenizerConfig) -> str:
 
 
 def copy_tokenizer(file: Path, to: Path) -> None:
-    """The tokenizer's file, and what clients were told of it where it comes from (`said_of`)."""
+    """The tokenizer's file, and what clients were told of it where it comes from (`said_of`, `further_ends`)."""
     if said := said_of(file.parent):
         write_atomically(to.with_name(SETTINGS), (json.dumps(said, indent=2) + "\n").encode())
+    if ends := further_ends(file.parent):
+        write_atomically(to.with_name(GENERATION), (json.dumps({"eos_token_id": ends}, indent=2) + "\n").encode())
     write_atomically(to, file.read_bytes())  # last: where it is, all of it is
 
 
 def said_of(folder: Path) -> dict[str, str]:
     """What `tokenizer_config.json` and `chat_template.jinja` in `folder` say of how a chat is written, and of what special tokens are
     called. Empty where there are none."""
-    try:
-        found = json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError):
-        found = {}
-    given = found.items() if isinstance(found, dict) else ()
-    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in given}
+    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in json_in(folder / SETTINGS).items()}
     if (template := folder / "chat_template.jinja").is_file():
         content["chat_template"] = template.read_text()
     return {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
+
+
+def further_ends(folder: Path) -> list[int]:
+    """The ids that end an answer, where `generation_config.json` or `config.json` in `folder` names several: a chat ends otherwise than a
+    document. Empty where they name one or none."""
+    for name in (GENERATION, "config.json"):
+        given = json_in(folder / name).get("eos_token_id")
+        if isinstance(given, list) and len(given) > 1 and all(type(i) is int and i >= 0 for i in given):
+            return given
+    return []
+
+
+def json_in(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file, or something else in it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
