@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
-from largeformer.stages.common.weights import Source, find_source, inference_layout, load_model
+from largeformer.stages.common.deployed import deployed
+from largeformer.stages.common.weights import Source, find_source, inference_layout
 
 if TYPE_CHECKING:
     from largeformer.stages.common.world import World
@@ -29,10 +30,12 @@ def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> 
 
 
 def continue_prompt(recipe: Recipe, world: World, source: Source, prompt: str, settings: GenerateConfig) -> str:
-    """The continuation of one prompt; alike on every rank. `recipe` is at an inference layout, which is the world's."""
+    """The continuation of one prompt, of a quantized model as its integers compute; alike on every rank. `recipe` is shaped like the
+    checkpoint, and at an inference layout, which is the world's."""
+    from largeformer.data.tokenization.tokenizer import further_ends
     from largeformer.evaluation.generation import generate
 
-    tokenizer = prepared_data.open_tokenizer(recipe, source.prepared.path)
-    chunks = load_model(recipe, world, source.checkpoint)
-    (ids,) = generate(chunks, world.groups, [tokenizer.encode(prompt)], settings, tokenizer.eod, world.device)
+    tokenizer, ends = prepared_data.open_tokenizer(recipe, source.prepared.path), further_ends(source.prepared.path)
+    with deployed(recipe, world, source.checkpoint) as chunk:
+        (ids,) = generate([chunk], world.groups, [tokenizer.encode(prompt)], settings, tokenizer.eod, world.device, ends)
     return tokenizer.decode(ids)

@@ -80,7 +80,8 @@ class _Model:
         sizes = shapes(rows(model, "llama"), model, self.recipe.tokenizer.vocab_size)
         for name, given in self.quantization.given.items():
             saved = math.prod(sizes[f"{name}.weight"]) * (8 * item - self.quantization.scheme.bits) // 8
-            total += item * given.scale.numel() - saved
+            zero_points = given.zero_point.numel() * self.quantization.scheme.bits // 8 if given.zero_point is not None else 0
+            total += item * (given.scale.numel() + (given.input_scale is not None)) + zero_points - saved
         return total
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 from largeformer import cli
-from largeformer.compression.quantization.description import Description, read_description
+from largeformer.compression.quantization.description import Description, as_integers, read_description
 from largeformer.compression.quantization.schemes import rounded
 from largeformer.config.load import load_recipe
 from largeformer.config.schema import ModelConfig, Recipe
+from largeformer.data.tokenization.sentencepiece import SentencePieceTokenizer
 from largeformer.export.streaming import StoredTensors
+from largeformer.models.hf_config import hugging_face_config
 from largeformer.models.hf_mapping import rows, to_hugging_face
+from largeformer.stages.common.weights import find_source
+from largeformer.stages.quality import _Model
 from tests.benchmarks import quantization as benchmark
 from tests.recipes import GPT2, TINY
 from tests.stages.test_end_to_end import ROOT, start
 from tests.stages.test_export import write_recipe
 from tests.stages.test_prune import cut_by_another_tokenizer
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 CALIBRATION = "quantize.calibration.samples=6"
 
@@ -316,6 +321,48 @@ def test_layers_that_stay_floats_may_be_of_any_size(copy: Path, capfd: pytest.Ca
     table = json.loads((copy / "quantize" / "layers.json").read_text())
     assert len(table) == 28 and [name for name, row in table.items() if row["kept"]] == kept
     assert f"4 of 28 stay floats: {', '.join(kept)}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (["quantize.scheme=w4a16", "quantize.group_size=32", "quantize.symmetric=false", "quantize.error_threshold=10"], "hf-int4"),
+        (["quantize.scheme=w8a8_static"], "hf-int8-static"),
+    ],
+    ids=["zero points", "input scales"],
+)
+def test_the_report_counts_what_the_folder_holds(copy: Path, settings: list[str], name: str) -> None:
+    assert quantize(copy, *settings, "quantize.evaluation_tokens=256", "parallel.pipeline_model_parallel_size=1") == 0
+    (checkpoint,) = (copy / "quantize" / "checkpoints").glob("step_*")
+    recipe = load_recipe(str(checkpoint / "config.yaml"), [])
+    source = find_source(recipe, checkpoint)
+    held = export(copy, name)[name]
+    assert _Model("quantize", recipe, source).bytes == sum(
+        tensor.nbytes for key, tensor in held.items() if not key.endswith("weight_shape")
+    )
+
+
+def test_text_is_written_as_the_integers_compute(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["quantize.scheme=w8a16", "quantize.evaluation_tokens=256", "parallel.pipeline_model_parallel_size=1"]
+    assert quantize(copy, *settings) == 0
+    coarse = {name: replace(given, scale=40 * given.scale) for name, given in description(copy).given.items()}
+    replace(description(copy), given=coarse).write(copy / "quantize")
+    (checkpoint,) = (copy / "quantize" / "checkpoints").glob("step_*")
+    recipe, stored = load_recipe(str(checkpoint / "config.yaml"), []), StoredTensors.of_checkpoint(checkpoint)
+    whole = as_integers(stored, description(copy), recipe.model)
+    state = {name: (whole if name in whole.names else stored).read(name) for name in stored.names}
+    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hugging_face_config(recipe.model, recipe.tokenizer.vocab_size))).eval()
+    twin.load_state_dict(to_hugging_face(state, recipe.model))
+    tokenizer = SentencePieceTokenizer((copy / "prepare" / "tokenizer.model").read_bytes())
+    prompt = torch.tensor([tokenizer.encode("def load(")])
+    made = twin.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eod)
+    texts = []
+    for name in ("pretrain", "quantize"):
+        capfd.readouterr()
+        greedy = ["--temperature", "0", "--max-new-tokens", "8"]
+        assert cli.main(["generate", "--from", str(copy / name), "--prompt", "def load(", *greedy]) == 0
+        texts.append(capfd.readouterr().out.removesuffix("\n"))
+    assert texts[1] == "def load(" + tokenizer.decode(made[0, prompt.shape[1] :].tolist()) != texts[0]
 
 
 @pytest.mark.slow
