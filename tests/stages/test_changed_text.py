@@ -68,6 +68,22 @@ def test_a_model_is_not_read_by_another_tokenizer(recipe: Path, capfd: pytest.Ca
         assert "reads by another tokenizer" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_training_does_not_go_on_by_another_tokenizer(recipe: Path, capfd: pytest.CaptureFixture[str], anew: bool) -> None:
+    """Beside `anew`: a prepare folder that was lost, and made again of the same text."""
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "pretrain")
+    assert largeformer(recipe, "pretrain", "train.exit_iteration=1") == 0
+    if anew:
+        shutil.copyfile(shutil.__file__, recipe.parent / "text" / "a.py")
+    shutil.rmtree(run / "prepare")
+    rows = (run / "pretrain" / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert largeformer(recipe, "pretrain") == (2 if anew else 0)
+    assert ("the checkpoint to go on from reads by another tokenizer" in capfd.readouterr().err) is anew
+    assert (rows == (run / "pretrain" / "metrics.jsonl").read_bytes()) is anew
+
+
 @pytest.mark.parametrize(
     ("settings", "same"), [(["distill.teacher=pretrain"], True), (["distill.seed=1234"], True), (["distill.seed=5"], False)]
 )

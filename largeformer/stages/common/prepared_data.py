@@ -9,6 +9,7 @@ from largeformer.artifact import Artifact, file_sha256, identity_hash
 from largeformer.config.schema import Recipe
 from largeformer.data.reading.corpus import pair_name
 from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
+from largeformer.errors import BadInputError
 
 KIND = "prepare"
 
@@ -21,6 +22,25 @@ def stage_folder(recipe: Recipe) -> Path:
 def tokenizer_of(prepared: Artifact) -> dict[str, Any]:
     """For the metrics of a model's stage: by which tokenizer it reads."""
     return {key: prepared.metrics[key] for key in ("tokenizer_sha256",) if key in prepared.metrics}
+
+
+class CutBy:
+    """What a checkpoint keeps of the text that its model reads: the tokenizer, by another of which ids mean something else."""
+
+    def __init__(self, prepared: Artifact) -> None:
+        self._prepared = prepared
+
+    def state_dict(self) -> dict[str, Any]:
+        return tokenizer_of(self._prepared)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises BadInputError where the text has been prepared anew, by another tokenizer."""
+        trained, now = state.get("tokenizer_sha256"), self._prepared.metrics.get("tokenizer_sha256")
+        if None not in (trained, now) and trained != now:
+            raise BadInputError(
+                f"the checkpoint to go on from reads by another tokenizer ({trained}) than {self._prepared.path} was cut by ({now}): "
+                "prepare the text with the model's own (tokenizer.model), or move the checkpoints away to train anew"
+            )
 
 
 def content(prepared: Artifact) -> str:

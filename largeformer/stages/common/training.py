@@ -161,6 +161,8 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
     if found is not None and found is job.continues:  # another run's: its record and its patience are its own
         state = replace(state, wandb_run_id=None, early_stopping={})
     state = replace(state, wandb_run_id=state.wandb_run_id or wandb_run_id)
+    text = prepared_data.CutBy(job.prepared)
+    state.restore({"text": text})  # refused before anything is written
     tracker = _tracker(recipe, world, job, state, found)
     guards = build_guards(
         recipe,
@@ -190,7 +192,7 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
         wandb_run_id=tracker.wandb_run_id,
         progress=state.progress,
         validation=state.validation,
-        parts={"guards": guards, **feed.parts, **accompanied.parts},
+        parts={"text": text, "guards": guards, **feed.parts, **accompanied.parts},
         figures=accompanied.figures,
     )
     state.restore(training.parts)
