@@ -57,7 +57,7 @@ class _Beginning:
 def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: Artifact) -> Lesson:
     """Collective. Raises BadInputError with everything that stands against it."""
     own = at_stage(recipe, entry)
-    taught_from = find_source(own, _teacher_folder(own))
+    taught_from = _teacher_source(own, source)
     taught_by = Artifact.read(taught_from.checkpoint.parent.parent)
     teacher = _teacher_recipe(own, taught_from)
     if own.distill.student.init == "previous":
@@ -80,6 +80,20 @@ def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: 
     folder = Path(own.run.output_dir) / entry.name
     given = Input(student, entry, Source(beginning.source.checkpoint, prepared), beginning.made_by, folder)
     return Lesson(given, teacher, taught_from, taught_by, beginning.start, beginning.named, pairs_of(student, teacher))
+
+
+def _teacher_source(recipe: Recipe, source: Path | None) -> Source:
+    """Where the teacher is: as the section names it, or for a student that no stage has made, as --from (`source`) does."""
+    if source is None or recipe.distill.student.init == "previous":
+        return find_source(recipe, _teacher_folder(recipe))
+    found = find_source(recipe, source)
+    named = find_source(recipe, _teacher_folder(recipe)) if recipe.distill.teacher is not None else found
+    if named.checkpoint.resolve() != found.checkpoint.resolve():
+        raise BadInputError(
+            f"--from {source} and distill.teacher {recipe.distill.teacher} are two teachers: the student comes from no stage "
+            f"(distill.student.init {recipe.distill.student.init}), so both name who teaches it; leave one of them out"
+        )
+    return found
 
 
 def _teacher_folder(recipe: Recipe) -> Path:
