@@ -21,6 +21,15 @@ from largeformer.config.data import TokenizerConfig
 from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.config.source import to_yaml
+from largeformer.data.tokenization.tokenizer import (
+    copy_tokenizer,
+    further_ends,
+    json_in,
+    load_tokenizer,
+    said_of,
+    tokenizer_file,
+    tokenizer_of_any_size,
+)
 from largeformer.errors import BadInputError
 from largeformer.stages.common.claim import holds_results, set_aside
 from largeformer.stages.common.world import reporting
@@ -71,8 +80,6 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
 
 def _import(held: _Held, weights: StoredTensors, recipe: Recipe, source: Path, folder: Path, made: Path) -> Artifact:
     """Write everything in `made`, and give it the name `folder`; what is there is set aside."""
-    from largeformer.data.tokenization.tokenizer import further_ends, said_of
-
     parameters, checksums = _write_checkpoint(held.state(weights), recipe, made)
     metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, made)}
     model, tokenizer = recipe.model.model_dump(mode="json", exclude={"attention_backend"}), recipe.tokenizer.model_dump(exclude={"model"})
@@ -138,7 +145,6 @@ def _open(source: Path) -> StoredTensors:
 
 def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, made: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
-    from largeformer.data.tokenization.tokenizer import copy_tokenizer
     from largeformer.parallel.device import machine_problems
 
     model, name = held.model, _tokenizer_name(source)
@@ -168,7 +174,21 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
 
 
 def _tokenizer_name(source: Path) -> str | None:
-    return next((name for name in _TOKENIZERS if (source / name).is_file()), None)
+    """Of two files the SentencePiece model, unless the other one has more ids: tokens that a chat is written with are often added there
+    alone. None where there is none."""
+    there = [name for name in _TOKENIZERS if (source / name).is_file()]
+    return there[-1] if len(there) == len(_TOKENIZERS) and _json_has_more(source) else next(iter(there), None)
+
+
+def _json_has_more(source: Path) -> bool:
+    """Whether `tokenizer.json` has ids that `tokenizer.model` lacks, or that one is no SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        size = SentencePieceProcessor(model_proto=(source / "tokenizer.model").read_bytes()).vocab_size()
+    except (OSError, RuntimeError):
+        return True
+    return max(_names_by_id(json_in(source / "tokenizer.json")), default=-1) >= size
 
 
 def _tokenizer_section(source: Path, name: str, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -182,8 +202,6 @@ def _tokenizer_section(source: Path, name: str, known: Mapping[str, Any], folder
 def _with_unused_ids(path: Path, tokens: TokenizerConfig) -> TokenizerConfig:
     """`tokens`, for a model that may have more rows than the tokenizer in `path` ids: many are made larger, to divide well. Raises
     BadInputError where it has fewer."""
-    from largeformer.data.tokenization.tokenizer import tokenizer_of_any_size
-
     size = tokenizer_of_any_size(path, tokens.model_copy(update={"unused_ids": 0})).vocab_size
     if size > tokens.vocab_size:
         raise BadInputError(
@@ -195,8 +213,6 @@ def _with_unused_ids(path: Path, tokens: TokenizerConfig) -> TokenizerConfig:
 def _end_of_text(source: Path) -> str | None:
     """The name of the token that ends a text: as `tokenizer_config.json` gives it, else that of the id in the model's configuration. None
     where neither does."""
-    from largeformer.data.tokenization.tokenizer import json_in
-
     token = json_in(source / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
@@ -219,8 +235,6 @@ def _names_by_id(definition: Mapping[str, Any]) -> dict[int, str]:
 
 def _tokenizer_metrics(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Which tokenizer was copied, as `prepare` tells it; nothing where none was."""
-    from largeformer.data.tokenization.tokenizer import load_tokenizer, tokenizer_file
-
     path = folder / tokenizer_file(recipe.tokenizer)
     return {"tokenizer_sha256": load_tokenizer(path, recipe.tokenizer).unique_identifiers["sha256"]} if path.exists() else {}
 

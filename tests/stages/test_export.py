@@ -455,6 +455,33 @@ def test_a_model_with_more_rows_than_its_tokenizer_has_ids(run: Path, tmp_path: 
     assert tokens.eod_token == (None if kind == "sentencepiece" else "</s>")
 
 
+def add_a_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["added_tokens"].append({**definition["added_tokens"][-1], "id": 500, "content": "<|im_end|>", "special": True})
+    path.write_text(json.dumps(definition))
+
+
+TWO_FILES: dict[str, tuple[Any, str, int]] = {
+    "alike": (lambda f: None, "sentencepiece", 12),
+    "the JSON has more ids": (add_a_token, "huggingface", 11),
+    "no SentencePiece model": (lambda f: (f / "tokenizer.model").write_text("dG9rZW4= 0"), "huggingface", 12),
+    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{}"), "sentencepiece", 12),
+}
+
+
+@pytest.mark.parametrize("name", TWO_FILES)
+def test_of_two_tokenizers_the_one_with_all_ids(run: Path, tmp_path: Path, name: str) -> None:
+    change, kind, unused = TWO_FILES[name]
+    source = tmp_path / "hf"
+    shutil.copytree(run / "export" / "hf", source)
+    padded(source, 512)
+    change(source)
+    import_here(source, tmp_path / "imported")
+    tokens = load_recipe(str(tmp_path / "imported" / "import" / "config.yaml")).tokenizer
+    assert (tokens.type, tokens.vocab_size, tokens.unused_ids) == (kind, 512, unused)
+
+
 @pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
 def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Path, template: str) -> None:
     """Also where its chain has prepared a text of its own, and by way of our own folder."""
