@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from largeformer.artifact import Artifact, write_atomically
 from largeformer.config.schema import Recipe
+from largeformer.stages.quality_plot import plot
 
 JSON, PLOT = "quality.json", "quality.svg"
 
@@ -50,7 +50,7 @@ def write_report(recipe: Recipe, failed: Artifact | None = None) -> None:
     run = Path(recipe.run.output_dir)
     rows = list(_rows(recipe, run, failed))
     write_atomically(run / JSON, (json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n").encode())
-    write_atomically(run / PLOT, plot(rows).encode())
+    write_atomically(run / PLOT, plot(_points(rows)).encode())
     show(rows)
     print(f"quality: {run / JSON} {run / PLOT}", flush=True)
 
@@ -208,47 +208,5 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 760, 440, 70, 50
-
-
-def plot(rows: Sequence[Row]) -> str:
-    """An SVG picture: megabytes, logarithmic, against perplexity; lower left is better."""
-    points = [(row.name, row.bytes / 1e6, row.perplexity) for row in rows if row.perplexity is not None and row.bytes > 0]
-    if not points:
-        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"/>'
-    across = _Scale([math.log10(size) for _, size, _ in points], LEFT, WIDTH - 170)
-    up = _Scale([perplexity for _, _, perplexity in points], HEIGHT - BOTTOM, 30)
-    drawn = [_text(WIDTH / 2 - 60, HEIGHT - 10, "size of the weights [MB]"), _text(8, 18, "perplexity on held-out text")]
-    for value in up.ticks():
-        y = up(value)
-        drawn += [f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>', _text(12, y + 4, f"{value:.4g}")]
-    for value in across.ticks():
-        drawn.append(_text(across(value) - 12, HEIGHT - BOTTOM + 18, f"{10**value:.3g}"))
-    below = -math.inf
-    for name, size, perplexity in sorted(points, key=lambda point: up(point[2])):
-        x, y = across(math.log10(size)), up(perplexity)
-        below = max(y + 4, below + 14)  # labels do not cover each other
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#3465a4"/>', _text(x + 9, below, name)]
-    body = "\n".join(drawn)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
-    )
-
-
-class _Scale:
-    """From values to pixels, with a little room around."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        room = 0.08 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
-        self._low, self._high, self._start, self._end = min(values) - room, max(values) + room, start, end
-
-    def __call__(self, value: float) -> float:
-        return self._start + (value - self._low) / (self._high - self._low) * (self._end - self._start)
-
-    def ticks(self) -> list[float]:
-        return [self._low + (self._high - self._low) * i / 5 for i in range(6)]
-
-
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}">{html.escape(text)}</text>'
+def _points(rows: Sequence[Row]) -> list[tuple[str, int, float]]:
+    return [(row.name, row.bytes, row.perplexity) for row in rows if row.perplexity is not None and row.bytes > 0]
