@@ -23,7 +23,7 @@ CHAIN = [
 PICTURES = {
     "a chain": CHAIN,
     "alike": [(f"export/number-{i}", 10**7, 20.0) for i in range(8)],
-    "a crowd": [(f"export/number-{i}", 10**7 + 10**4 * (i % 5), 20.0 + 0.002 * i) for i in range(20)],
+    "a crowd": [("far", 3 * 10**7, 60.0), *((f"export/number-{i}", 10**7 + 10**5 * (i % 4), 20.0 + 0.3 * i) for i in range(16))],
     "alone": CHAIN[:1],
     "far apart": [("one", 10**4, 3.0), ("two", 10**12, 5.0e6)],
 }
