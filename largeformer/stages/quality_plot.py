@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 60, 180, 34, 56
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 90, 180, 34, 56
 LINE, LETTER, DOT = 14, 7, 5  # pixels of a line of text, of a letter at most, of a point's radius
 TICKS = range(3, 9)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -34,10 +34,12 @@ def plot(points: Sequence[tuple[str, int, float]]) -> str:
 
 
 class _Scale:
-    """From values to pixels, with a little room around."""
+    """From values to pixels, with a little room around; more where they are so near to each other that six figures hardly tell them
+    apart."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        room = 0.08 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
+        span, size = max(values) - min(values), max(abs(values[0]), 1.0)
+        room = 0.08 * span if span > 1e-4 * size else 0.05 * size
         self.low, self.high, self._start, self._end = min(values) - room, max(values) + room, start, end
 
     def __call__(self, value: float) -> float:
@@ -74,11 +76,13 @@ def logarithmic_ticks(low: float, high: float) -> list[float]:
 
 
 def _labels(points: Sequence[tuple[float, float, str]]) -> Iterator[str]:
-    """A point's name right of it, one below another where points share a place, moved up or down where another name or point is."""
+    """A point's name right of it, or left where the picture would end, one below another where points share a place, moved up or down where
+    another name or point is."""
     taken: list[Box] = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y, _ in points]
     for x, y, names in _by_place(points):
         size = LETTER * max(map(len, names)), LINE * len(names)
-        box = _free_place(x + DOT + 4, y, size, taken)
+        left = x + DOT + 4 if x + DOT + 4 + size[0] <= WIDTH else x - DOT - 4 - size[0]
+        box = _free_place(left, y, size, taken)
         taken.append(box)
         for line, name in enumerate(names):
             yield _text(box[0], box[1] + LINE * (line + 1) - 3, name)

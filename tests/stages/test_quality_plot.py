@@ -25,6 +25,10 @@ PICTURES = {
     "alike": [(f"export/number-{i}", 10**7, 20.0) for i in range(8)],
     "a crowd": [("far", 3 * 10**7, 60.0), *((f"export/number-{i}", 10**7 + 10**5 * (i % 4), 20.0 + 0.3 * i) for i in range(16))],
     "alone": CHAIN[:1],
+    "one megabyte": [("one", 10**6, 1.0), ("two", 10**6 + 3, 1.0)],
+    "nearly alike": [("one", 10**7, 497.373101), ("two", 10**7 + 3, 497.373404)],
+    "large and near": [("one", 10**7, 1.23456e6), ("two", 2 * 10**7, 1.23457e6 * 1.0003)],
+    "long names": [("one", 10**7, 20.0), ("export-of-the-distilled-model/onnx/model_int8", 3 * 10**7, 20.5)],
     "far apart": [("one", 10**4, 3.0), ("two", 10**12, 5.0e6)],
 }
 Box = tuple[float, float, float, float]
@@ -38,7 +42,9 @@ def drawn(points: list[tuple[str, int, float]]) -> tuple[dict[str, Box], list[Bo
         assert text.text is not None
         x, y, width = float(text.attrib["x"]), float(text.attrib["y"]), LETTER * len(text.text)
         left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[text.attrib["text-anchor"]]
-        texts[text.text] = (left, y + 3 - LINE, left + width, y + 3)
+        name = text.text if text.attrib["text-anchor"] == "start" else f"{text.text} ({text.attrib['text-anchor']})"  # a number of one axis
+        assert name not in texts, "each is told from the others"
+        texts[name] = (left, y + 3 - LINE, left + width, y + 3)
     dots = []
     for dot in tree.iter("{http://www.w3.org/2000/svg}circle"):
         x, y, r = (float(dot.attrib[key]) for key in ("cx", "cy", "r"))
