@@ -83,17 +83,18 @@ def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: 
 
 
 def _teacher_source(recipe: Recipe, source: Path | None) -> Source:
-    """Where the teacher is: as the section names it, or for a student that no stage has made, as --from (`source`) does."""
-    if source is None or recipe.distill.student.init == "previous":
+    """Where the teacher is: as the section names it; else, for a student that no stage has made, as --from (`source`) does."""
+    from largeformer.parallel.agreement import is_main
+
+    settings = recipe.distill
+    if source is None or settings.student.init == "previous":
         return find_source(recipe, _teacher_folder(recipe))
-    found = find_source(recipe, source)
-    named = find_source(recipe, _teacher_folder(recipe)) if recipe.distill.teacher is not None else found
-    if named.checkpoint.resolve() != found.checkpoint.resolve():
-        raise BadInputError(
-            f"--from {source} and distill.teacher {recipe.distill.teacher} are two teachers: the student comes from no stage "
-            f"(distill.student.init {recipe.distill.student.init}), so both name who teaches it; leave one of them out"
-        )
-    return found
+    if settings.teacher is None:
+        return find_source(recipe, source)
+    folder = _teacher_folder(recipe)
+    if is_main() and folder.resolve() != source.resolve():
+        print(f"the teacher is distill.teacher {settings.teacher}, not --from {source}: the student comes from no stage", flush=True)
+    return find_source(recipe, folder)
 
 
 def _teacher_folder(recipe: Recipe) -> Path:

@@ -272,8 +272,7 @@ def test_a_teacher_that_has_not_finished_is_known_by_its_weights(
         recipe = load_recipe(str(write_recipe(trained.parent, distill={**settings, "teacher": str(teacher)})), [])
         prepared = Artifact.read(trained / "prepare")
         assert prepared is not None
-        pupil = trained / "pretrain" if recipe.distill.student.init == "previous" else None
-        return lesson_of(recipe, entry_named(recipe, "distill"), pupil, prepared).origin()
+        return lesson_of(recipe, entry_named(recipe, "distill"), trained / "pretrain", prepared).origin()
 
     one, same, other = (origin(run, finished=False) for run in (trained, trained, retrained))
     assert one == same != other
@@ -321,14 +320,19 @@ def test_refused_before_work(name: str, trained: Path, capsys: pytest.CaptureFix
 def test_from_names_the_teacher_of_a_student_that_no_stage_made(
     settings: dict[str, Any], trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(write_recipe(trained.parent, distill=settings))
-    checkpoints = trained / "pretrain" / "checkpoints"
-    earlier = str(checkpoints / "step_00000003")
-    assert largeformer("distill", "-c", recipe, "--from", earlier, "distill.teacher=pretrain") == 2
-    assert f"--from {earlier} and distill.teacher pretrain are two teachers" in capsys.readouterr().err
-    shutil.rmtree(checkpoints / "step_00000004")
-    assert largeformer("distill", "-c", recipe, "--from", earlier, "distill.teacher=pretrain", "train.train_iters=1") == 0
-    assert largeformer("distill", "-c", recipe, "--from", str(trained), "train.train_iters=1") == 0, "the same teacher: it is done already"
+    """Where `distill.teacher` names none: else that one teaches, and it is said."""
+    recipe = str(write_recipe(trained.parent, distill=settings, train={"train_iters": 1}))
+    earlier = str(trained / "pretrain" / "checkpoints" / "step_00000003")
+
+    def taught_by(*arguments: str) -> str:
+        assert largeformer("distill", "-c", recipe, "--fresh", *arguments) == 0
+        return json.loads((trained / "distill" / "origin.json").read_text())["teacher_checkpoint"]  # type: ignore[no-any-return]
+
+    assert taught_by("--from", earlier) == "step_00000003"
+    assert taught_by("--from", str(trained)) == "step_00000004"
+    assert "not --from" not in capsys.readouterr().out
+    assert taught_by("--from", earlier, "distill.teacher=pretrain") == "step_00000004"
+    assert f"the teacher is distill.teacher pretrain, not --from {earlier}" in capsys.readouterr().out
 
 
 def test_another_tokenizer_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
