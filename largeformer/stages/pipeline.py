@@ -20,6 +20,7 @@ from largeformer.stages.common.interruptions import CutShort, cut_short
 from largeformer.stages.common.libraries import check_libraries
 from largeformer.stages.common.weights import find_source, shaped_like
 from largeformer.stages.common.world import check_world, reporting
+from largeformer.stages.pipeline_shapes import check_shapes
 from largeformer.stages.quality_report import write_report
 
 STAGES: dict[str, Callable[[Recipe, StageEntry, bool, CutShort], Artifact | None]] = {
@@ -60,6 +61,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
         if entry.stage in (*quality.TRAINED, *quality.DERIVED):
             check_world(at_stage(recipe, entry))
     check_libraries(recipe, fresh=fresh)
+    check_shapes(recipe)
     _check_given_model(recipe)
     is_main, ended = discover(os.environ).is_main, cut_short(recipe)
     artifact: Artifact | None = None

@@ -15,8 +15,13 @@ def check(recipe: Recipe) -> None:
     from largeformer.compression.quantization.schemes import check_library
 
     check_library()
-    if problems := [*_group_problems(recipe), *_name_problems(recipe), *_client_problems(recipe)]:
-        raise BadInputError(problems)
+    if found := problems(recipe):
+        raise BadInputError(found)
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What stands against it in the shape of the model, which `recipe` has."""
+    return [*_group_problems(recipe), *_name_problems(recipe), *_client_problems(recipe)]
 
 
 def _group_problems(recipe: Recipe) -> Iterator[str]:
