@@ -105,10 +105,10 @@ class SpecialIds:
         named = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
         return {name: value for name, value in named.items() if value is not None}
 
-    def generation_keys(self) -> dict[str, int | list[int]]:
+    def generation_keys(self) -> dict[str, Any]:
         """As `generation_config.json` has them: all that end an answer, where they are several."""
-        all_ends = list(dict.fromkeys(i for i in (self.eos, *self.ends) if i is not None))
-        return {**self.keys(), **({"eos_token_id": all_ends} if len(all_ends) > 1 else {})}
+        ends = list(dict.fromkeys(i for i in (self.eos, *self.ends) if i is not None))
+        return {"_from_model_config": True, **self.keys()} if len(ends) < 2 else {**self.keys(), "eos_token_id": ends}
 
 
 def write_configs(
@@ -125,7 +125,7 @@ def write_configs(
         **({"quantization_config": dict(quantization)} if quantization else {}),
     }
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"_from_model_config": not ids.ends, **ids.generation_keys()})
+    _write_json(folder / "generation_config.json", ids.generation_keys())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -128,7 +128,6 @@ def _not_finished(folder: Path, recipe: Recipe) -> bool:
 
 def _job(recipe: Recipe, source: Source) -> Job:
     from largeformer.compression.quantization.description import read_description
-    from largeformer.data.tokenization.tokenizer import further_ends, tokenizer_file
     from largeformer.export.formats import Job
     from largeformer.export.huggingface import SpecialIds
     from largeformer.export.streaming import StoredTensors
@@ -142,9 +141,9 @@ def _job(recipe: Recipe, source: Source) -> Job:
         ids=SpecialIds(
             eos=tokenizer.eod,
             pad=tokenizer.pad if tokenizer.pad >= 0 else None,
-            ends=tuple(further_ends(source.prepared.path)),
+            ends=tuple(prepared_data.answer_ends(recipe, source.prepared.path)),
         ),
-        tokenizer=None if recipe.data.is_mock else source.prepared.path / tokenizer_file(recipe.tokenizer),
+        tokenizer=None if recipe.data.is_mock else prepared_data.tokenizer_path(recipe, source.prepared.path),
         recipe=recipe_yaml(recipe),
         quantized=read_description(source.checkpoint),
     )

@@ -23,7 +23,6 @@ from largeformer.config.schema import ModelConfig, Recipe
 from largeformer.config.source import to_yaml
 from largeformer.data.tokenization.tokenizer import (
     copy_tokenizer,
-    further_ends,
     json_in,
     load_tokenizer,
     said_of,
@@ -83,7 +82,7 @@ def _import(held: _Held, weights: StoredTensors, recipe: Recipe, source: Path, f
     parameters, checksums = _write_checkpoint(held.state(weights), recipe, made)
     metrics = {"architecture": held.architecture, "parameters": parameters, **_tokenizer_metrics(recipe, made)}
     model, tokenizer = recipe.model.model_dump(mode="json", exclude={"attention_backend"}), recipe.tokenizer.model_dump(exclude={"model"})
-    told = {"said": said_of(made), "ends": further_ends(made)}
+    told = {"said": said} if (said := said_of(made)) else {}
     read_as = {"model": model, "tokenizer": tokenizer, "tokenizer_sha256": metrics.get("tokenizer_sha256"), **told}
     identity = identity_hash({"stage": STAGE, "config": held.described, "weights": checksums, **read_as})
     artifact = Artifact(STAGE, made, identity, metrics=metrics, versions=library_versions(("torch", "safetensors"))).write()
@@ -147,7 +146,7 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
     from largeformer.parallel.device import machine_problems
 
-    model, name = held.model, _tokenizer_name(source)
+    model, name = held.model, _tokenizer_name(source, held.tokens["vocab_size"])
     tokenizer = dict(held.tokens) if name is None else _tokenizer_section(source, name, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     if machine_problems(precision, 0):  # what the weights are stored in, this machine cannot compute in; float32 holds their numbers
@@ -173,22 +172,25 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     return recipe
 
 
-def _tokenizer_name(source: Path) -> str | None:
+def _tokenizer_name(source: Path, rows: int) -> str | None:
     """Of two files the SentencePiece model, unless the other one has more ids: tokens that a chat is written with are often added there
-    alone. None where there is none."""
+    alone. None where there is none. rows: of the model's embedding."""
     there = [name for name in _TOKENIZERS if (source / name).is_file()]
-    return there[-1] if len(there) == len(_TOKENIZERS) and _json_has_more(source) else next(iter(there), None)
+    return there[-1] if len(there) == len(_TOKENIZERS) and _json_is_fuller(source, rows) else next(iter(there), None)
 
 
-def _json_has_more(source: Path) -> bool:
-    """Whether `tokenizer.json` has ids that `tokenizer.model` lacks, or that one is no SentencePiece model."""
+def _json_is_fuller(source: Path, rows: int) -> bool:
+    """Whether `tokenizer.json` has ids that `tokenizer.model` lacks, or that one is no SentencePiece model; and not more ids than the model
+    has rows, and a name for what ends a text."""
     from sentencepiece import SentencePieceProcessor
 
+    highest = max(_names_by_id(json_in(source / "tokenizer.json")), default=-1)
+    if not 0 <= highest < rows or _end_of_text(source) is None:
+        return False
     try:
-        size = SentencePieceProcessor(model_proto=(source / "tokenizer.model").read_bytes()).vocab_size()
+        return highest >= SentencePieceProcessor(model_proto=(source / "tokenizer.model").read_bytes()).vocab_size()
     except (OSError, RuntimeError):
         return True
-    return max(_names_by_id(json_in(source / "tokenizer.json")), default=-1) >= size
 
 
 def _tokenizer_section(source: Path, name: str, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -227,10 +229,13 @@ def _end_of_text(source: Path) -> str | None:
 
 
 def _names_by_id(definition: Mapping[str, Any]) -> dict[int, str]:
-    """The tokens of a tokenizer.json; its vocabulary may also be a list of pieces with their scores."""
-    vocabulary = (definition.get("model") or {}).get("vocab") or {}
-    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
-    return {i: piece for piece, i in pieces} | {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
+    """The tokens of a tokenizer.json; its vocabulary may also be a list of pieces with their scores. Empty where it is something else."""
+    try:
+        vocabulary = (definition.get("model") or {}).get("vocab") or {}
+        pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
+        return {i: piece for piece, i in pieces} | {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        return {}
 
 
 def _tokenizer_metrics(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -13,8 +13,10 @@ from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
 from largeformer.stages.common.damage import check_training
 from largeformer.stages.common.interruptions import CutShort
+from largeformer.stages.common.prepared_data import another_tokenizer
 from largeformer.stages.common.sparse import is_sparse, sparsity_trained
 from largeformer.stages.common.training import TrainingJob, train
+from largeformer.stages.common.weights import reads_by
 from largeformer.stages.common.world import World, check_world, enter_world, reporting
 
 STAGE = "pretrain"
@@ -53,6 +55,8 @@ def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> 
     begun = world.from_main(lambda: bool(committed(job.folder / "checkpoints")))  # then its weights are not read again
     found = find(source, recipe.checkpoint.verify == "sha256" and not begun)
     job, start = replace(job, continues=found), found.checkpoint
+    if other := another_tokenizer(reads_by(start), job.prepared):
+        raise BadInputError(f"checkpoint.load {start} reads by {other}: prepare the text with the model's own (tokenizer.model)")
     step = world.from_main(lambda: read_state(start)["progress"]["step"])
     if not begun and step >= recipe.train.train_iters:
         raise BadInputError(

@@ -80,8 +80,22 @@ def test_training_does_not_go_on_by_another_tokenizer(recipe: Path, capfd: pytes
     rows = (run / "pretrain" / "metrics.jsonl").read_bytes()
     capfd.readouterr()
     assert largeformer(recipe, "pretrain") == (2 if anew else 0)
-    assert ("the checkpoint to go on from reads by another tokenizer" in capfd.readouterr().err) is anew
+    assert ("read by another tokenizer" in capfd.readouterr().err) is anew
     assert (rows == (run / "pretrain" / "metrics.jsonl").read_bytes()) is anew
+
+
+def test_training_does_not_go_on_from_a_run_of_another_tokenizer(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A finished training of the same folder stays where it is, also with --fresh; an unfinished one of the other run says it too."""
+    run, other = recipe.parent / "run", recipe.parent / "other"
+    shutil.copytree(run, other)
+    shutil.copyfile(shutil.__file__, recipe.parent / "text" / "a.py")
+    shutil.rmtree(run / "prepare")
+    for unfinished in (False, True):
+        if unfinished:
+            (other / "pretrain" / "manifest.json").unlink()
+        assert largeformer(recipe, "pretrain", f"checkpoint.load={other}", "train.train_iters=4", "--fresh") == 2
+        assert f"checkpoint.load {other}" in (told := capfd.readouterr().err) and "reads by another tokenizer" in told
+        assert (run / "pretrain" / "manifest.json").exists() and not (run / "pretrain.old-1").exists()
 
 
 @pytest.mark.parametrize(

@@ -462,9 +462,28 @@ def add_a_token(folder: Path) -> None:
     path.write_text(json.dumps(definition))
 
 
+@pytest.mark.parametrize("command", ["prune", "quantize", "export", "evaluate"])
+def test_an_import_alone_has_no_text(run: Path, tmp_path: Path, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    import_here(run / "export" / "hf", tmp_path / "imported")
+    imported = tmp_path / "imported"
+    assert cli.main([command, "--from", str(imported)]) == 2
+    assert "is an import, which brings no text: prepare some" in capfd.readouterr().err
+    assert cli.main(["prepare", "-c", str(imported / "import" / "config.yaml")]) == 0
+    assert cli.main([command, "--from", str(imported), "prune.calibration.samples=2", "quantize.calibration.samples=2"]) == 0
+
+
+def nobody_says_what_ends(folder: Path) -> None:
+    for file in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({key: value for key, value in content.items() if not key.startswith("eos_token")}))
+
+
 TWO_FILES: dict[str, tuple[Any, str, int]] = {
     "alike": (lambda f: None, "sentencepiece", 12),
     "the JSON has more ids": (add_a_token, "huggingface", 11),
+    "more ids than rows": (lambda f: (add_a_token(f), break_config(f, vocab_size=500)), "sentencepiece", 0),
+    "no name for the end": (lambda f: (add_a_token(f), nobody_says_what_ends(f)), "sentencepiece", 12),
+    "the JSON is broken": (lambda f: (f / "tokenizer.json").write_text('{"model": [1]}'), "sentencepiece", 12),
     "no SentencePiece model": (lambda f: (f / "tokenizer.model").write_text("dG9rZW4= 0"), "huggingface", 12),
     "no JSON": (lambda f: (f / "tokenizer.json").write_text("{}"), "sentencepiece", 12),
 }
@@ -475,11 +494,12 @@ def test_of_two_tokenizers_the_one_with_all_ids(run: Path, tmp_path: Path, name:
     change, kind, unused = TWO_FILES[name]
     source = tmp_path / "hf"
     shutil.copytree(run / "export" / "hf", source)
-    padded(source, 512)
+    if unused:
+        padded(source, 512)
     change(source)
     import_here(source, tmp_path / "imported")
     tokens = load_recipe(str(tmp_path / "imported" / "import" / "config.yaml")).tokenizer
-    assert (tokens.type, tokens.vocab_size, tokens.unused_ids) == (kind, 512, unused)
+    assert (tokens.type, tokens.vocab_size - tokens.unused_ids, tokens.unused_ids) == (kind, 512 - unused if unused else 500, unused)
 
 
 @pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
@@ -508,9 +528,36 @@ def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Pa
     assert transformers.GenerationConfig.from_pretrained(imported / "export" / "hf").eos_token_id == [2, 7, 9], "our end of a text first"
     assert json.loads((imported / "export" / "hf" / "config.json").read_text())["eos_token_id"] == 2
     assert cli.main(["import", "--from", str(imported / "export" / "largeformer"), "-o", str(tmp_path / "again")]) == 0
-    for folder in (imported / "prepare", tmp_path / "again" / "import"):
-        kept = [json.loads((folder / f"{name}_config.json").read_text()) for name in ("tokenizer", "generation")]
-        assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat}, {"eos_token_id": [7, 2, 9]}]
+    kept = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (imported / "prepare", tmp_path / "again" / "import")]
+    assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat, "eos_token_id": [7, 2, 9]}] * 2
+
+
+ENDS: dict[str, tuple[dict[str, Any], Any]] = {
+    "several": ({"generation_config.json": [7, 2]}, [2, 7]),
+    "another one": ({"generation_config.json": 7}, [2, 7]),
+    "the same": ({"generation_config.json": 2, "config.json": [2, 7]}, 2),
+    "none in the one": ({"generation_config.json": None, "config.json": [7, 2]}, [2, 7]),
+    "beyond the vocabulary": ({"generation_config.json": [2, 9, 99999]}, [2, 9]),
+    "garbage": ({"generation_config.json": ["</s>", -1, 9.5]}, 2),
+    "nobody": ({"generation_config.json": None, "config.json": None}, 2),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_an_answer(run: Path, tmp_path: Path, name: str) -> None:
+    """Also where the text was prepared before a second import said something else."""
+    files, expected = ENDS[name]
+    source, imported = tmp_path / "hf", tmp_path / "run"
+    shutil.copytree(run / "export" / "hf", source)
+    import_here(source, imported)
+    recipe = ["-c", str(imported / "import" / "config.yaml")]
+    assert cli.main(["prepare", *recipe]) == 0
+    for file, given in files.items():
+        content = json.loads((source / file).read_text())
+        (source / file).write_text(json.dumps({**content, "eos_token_id": given}))
+    import_here(source, imported, "--fresh")
+    assert cli.main(["export", *recipe, "--from", str(imported / "import")]) == 0
+    assert json.loads((imported / "export" / "hf" / "generation_config.json").read_text())["eos_token_id"] == expected
 
 
 @pytest.mark.parametrize(

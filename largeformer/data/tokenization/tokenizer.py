@@ -14,7 +14,8 @@ from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
 
-SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
+SETTINGS = "tokenizer_config.json"
+_ENDS = "eos_token_id"
 _SAID = ("chat_template", "bos_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -93,31 +94,24 @@ def tokenizer_file(config: TokenizerConfig) -> str:
 
 
 def copy_tokenizer(file: Path, to: Path) -> None:
-    """The tokenizer's file, and what clients were told of it where it comes from (`said_of`, `further_ends`)."""
+    """The tokenizer's file, and what clients were told of it where it comes from (`said_of`)."""
     if said := said_of(file.parent):
         write_atomically(to.with_name(SETTINGS), (json.dumps(said, indent=2) + "\n").encode())
-    if ends := further_ends(file.parent):
-        write_atomically(to.with_name(GENERATION), (json.dumps({"eos_token_id": ends}, indent=2) + "\n").encode())
     write_atomically(to, file.read_bytes())  # last: where it is, all of it is
 
 
-def said_of(folder: Path) -> dict[str, str]:
-    """What `tokenizer_config.json` and `chat_template.jinja` in `folder` say of how a chat is written, and of what special tokens are
-    called. Empty where there are none."""
-    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in json_in(folder / SETTINGS).items()}
+def said_of(folder: Path) -> dict[str, Any]:
+    """What a folder says beside its tokenizer: how a chat is written (`chat_template`), what special tokens are called, and which ids end
+    an answer (`eos_token_id`, a list: a chat may end otherwise than a document). Empty where there are none."""
+    settings = json_in(folder / SETTINGS)
+    content = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
     if (template := folder / "chat_template.jinja").is_file():
         content["chat_template"] = template.read_text()
-    return {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
-
-
-def further_ends(folder: Path) -> list[int]:
-    """The ids that end an answer, where `generation_config.json` or `config.json` in `folder` names several: a chat ends otherwise than a
-    document. Empty where they name one or none."""
-    for name in (GENERATION, "config.json"):
-        given = json_in(folder / name).get("eos_token_id")
-        if isinstance(given, list) and len(given) > 1 and all(type(i) is int and i >= 0 for i in given):
-            return given
-    return []
+    named = {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
+    ends = [json_in(folder / name).get(_ENDS) for name in ("generation_config.json", "config.json", SETTINGS)]
+    first: Any = next((end for end in ends if end is not None), [])
+    ids = [i for i in (first if isinstance(first, list) else [first]) if type(i) is int and i >= 0]
+    return {**named, **({_ENDS: ids} if ids else {})}
 
 
 def json_in(path: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from largeformer.artifact import Artifact, file_sha256, identity_hash
 from largeformer.config.schema import Recipe
 from largeformer.data.reading.corpus import pair_name
-from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, tokenizer_file
+from largeformer.data.tokenization.tokenizer import MockTokenizer, Tokenizer, load_tokenizer, said_of, tokenizer_file
 from largeformer.errors import BadInputError
 
 KIND = "prepare"
@@ -25,22 +26,28 @@ def tokenizer_of(prepared: Artifact) -> dict[str, Any]:
 
 
 class CutBy:
-    """What a checkpoint keeps of the text that its model reads: the tokenizer, by another of which ids mean something else."""
+    """What the checkpoints in `folder` keep of the text that their model reads: the tokenizer, by another of which ids mean something
+    else."""
 
-    def __init__(self, prepared: Artifact) -> None:
-        self._prepared = prepared
+    def __init__(self, prepared: Artifact, folder: Path) -> None:
+        self._prepared, self._folder = prepared, folder
 
     def state_dict(self) -> dict[str, Any]:
         return tokenizer_of(self._prepared)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises BadInputError where the text has been prepared anew, by another tokenizer."""
-        trained, now = state.get("tokenizer_sha256"), self._prepared.metrics.get("tokenizer_sha256")
-        if None not in (trained, now) and trained != now:
+        if other := another_tokenizer(state, self._prepared):
             raise BadInputError(
-                f"the checkpoint to go on from reads by another tokenizer ({trained}) than {self._prepared.path} was cut by ({now}): "
-                "prepare the text with the model's own (tokenizer.model), or move the checkpoints away to train anew"
+                f"the checkpoints in {self._folder} read by {other}: put the text back as it was prepared, or move that folder away to "
+                "train anew"
             )
+
+
+def another_tokenizer(told: Mapping[str, Any], prepared: Artifact) -> str | None:
+    """By what a model reads that cannot read `prepared`; None where it can, or nobody knows. told: `tokenizer_of` the model's own text."""
+    theirs, ours = told.get("tokenizer_sha256"), prepared.metrics.get("tokenizer_sha256")
+    return None if None in (theirs, ours) or theirs == ours else f"another tokenizer ({theirs}) than {prepared.path} was cut by ({ours})"
 
 
 def content(prepared: Artifact) -> str:
@@ -50,8 +57,27 @@ def content(prepared: Artifact) -> str:
 
 
 def prefixes(recipe: Recipe, folder: Path) -> list[tuple[Path, float]]:
-    """Where each source's `.bin/.idx` pair is, and its weight."""
+    """Where each source's `.bin/.idx` pair is, and its weight. Raises BadInputError for an import, which brings no text."""
+    artifact = Artifact.read(folder)
+    if artifact is not None and artifact.kind == "import":
+        raise BadInputError(
+            f"{folder} is an import, which brings no text: prepare some, with largeformer prepare -c "
+            f"{folder / 'config.yaml'} 'data.sources=[{{path: ...}}]'"
+        )
     return [(folder / pair_name(i, source.path), source.weight) for i, source in enumerate(recipe.data.sources)]
+
+
+def tokenizer_path(recipe: Recipe, folder: Path) -> Path:
+    """The tokenizer's file in a prepare folder. Where the recipe names the same by its path, that one: beside it stands what is said of
+    chats now."""
+    copy, given = folder / tokenizer_file(recipe.tokenizer), Path(recipe.tokenizer.model or "").expanduser()
+    return given if given.is_file() and copy.is_file() and given.read_bytes() == copy.read_bytes() else copy
+
+
+def answer_ends(recipe: Recipe, folder: Path) -> list[int]:
+    """The ids that end an answer, beside the one that ends a document; empty where nobody has named any."""
+    said = {} if recipe.data.is_mock else said_of(tokenizer_path(recipe, folder).parent)
+    return [i for i in said.get("eos_token_id", []) if i < recipe.tokenizer.vocab_size]
 
 
 def open_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:

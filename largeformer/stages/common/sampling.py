@@ -24,13 +24,13 @@ def build_sampler(
 
     if not recipe.tracking.sample_prompts:
         return tuple
-    tokenizer = prepared_data.open_tokenizer(recipe, prepared.path)
+    tokenizer, ends = prepared_data.open_tokenizer(recipe, prepared.path), prepared_data.answer_ends(recipe, prepared.path)
     prompts = [(prompt, tokenizer.encode(prompt)[-recipe.model.seq_length + 1 :]) for prompt in recipe.tracking.sample_prompts]
 
     def sample() -> Sequence[tuple[str, str]]:
         with watchdog.suspended("the samples of text"):
             try:
-                texts = generate(chunks, world.groups, [ids for _, ids in prompts], recipe.generate, tokenizer.eod, world.device)
+                texts = generate(chunks, world.groups, [ids for _, ids in prompts], recipe.generate, tokenizer.eod, world.device, ends)
             except BadInputError:  # a model that has diverged writes nothing, and that is for the guards to judge
                 return ()
         return [(prompt, tokenizer.decode(ids)) for (prompt, _), ids in zip(prompts, texts, strict=True)]

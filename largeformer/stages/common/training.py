@@ -161,8 +161,8 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
     if found is not None and found is job.continues:  # another run's: its record and its patience are its own
         state = replace(state, wandb_run_id=None, early_stopping={})
     state = replace(state, wandb_run_id=state.wandb_run_id or wandb_run_id)
-    text = prepared_data.CutBy(job.prepared)
-    state.restore({"text": text})  # refused before anything is written
+    text = prepared_data.CutBy(job.prepared, job.folder)
+    state.restore({"text": text})
     tracker = _tracker(recipe, world, job, state, found)
     guards = build_guards(
         recipe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -64,19 +64,20 @@ def _with_data(recipe: Recipe, checkpoint: Path) -> Source:
         raise BadInputError(
             f"{checkpoint} lies in no run with a {prepared_data.KIND} folder, which holds the tokenizer: copy the whole run folder"
         )
-    # The stage itself has said by which it was trained; a prepare folder may have been made anew since.
-    made = Artifact.read(stage)
-    told = made if made is not None and "tokenizer_sha256" in made.metrics else None
-    trained_by = told or _imported(stage) or own or _imported(stage.parent / "import")
-    theirs, cut_by = (None if one is None else one.metrics.get("tokenizer_sha256") for one in (trained_by, prepared))
-    if None not in (theirs, cut_by) and theirs != cut_by:
-        raise BadInputError(
-            f"{checkpoint} reads by another tokenizer ({theirs}) than {prepared.path} was cut by ({cut_by}): prepare the text with the "
-            "model's own (tokenizer.model)"
-        )
-    if theirs is None and prepared is others:
+    told = reads_by(checkpoint)
+    if other := prepared_data.another_tokenizer(told, prepared):
+        raise BadInputError(f"{checkpoint} reads by {other}: prepare the text with the model's own (tokenizer.model)")
+    if not told and prepared is others:
         _log.warning("%s does not say by which tokenizer it reads: taken to be that of %s", checkpoint, prepared.path)
     return Source(checkpoint, prepared)
+
+
+def reads_by(checkpoint: Path) -> dict[str, Any]:
+    """`prepared_data.tokenizer_of` the text that a model was trained on; empty where nobody says. Its stage is asked first: a prepare
+    folder may have been made anew since."""
+    stage = checkpoint.absolute().parent.parent
+    asked = (Artifact.read(stage), Artifact.read(stage.parent / prepared_data.KIND), _imported(stage.parent / "import"))
+    return next((told for artifact in asked if artifact is not None and (told := prepared_data.tokenizer_of(artifact))), {})
 
 
 def _imported(stage: Path) -> Artifact | None:
