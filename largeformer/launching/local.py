@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -16,16 +17,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from largeformer.errors import BadInputError
-from largeformer.parallel.environment import LOCALHOST, RankInfo, to_environ
+from largeformer.parallel.environment import LOCALHOST, SLURM_PORTS, RankInfo, to_environ
 
 STOPPED_AFTER_SAVING = 75  # every rank ends so after a signal: no failure, the others are left to finish
 GRACE_S = 5.0  # the other ranks usually fail for the same reason, and rank 0's own message is worth the wait
 TERMINATE_S = 10.0
 TAIL_LINES = 20
+_PORTS = range(SLURM_PORTS.stop, 32_768)  # Linux gives those from 32768 on to connections
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Rank = subprocess.Popen[bytes]
@@ -57,10 +59,13 @@ def spawn(nproc: int, argv: Sequence[str], env: Mapping[str, str] | None = None)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind((LOCALHOST, 0))
-        return int(listener.getsockname()[1])
+    """A port of this machine that nobody listens on at this moment. One that the system gives to connections by itself could be gone before
+    a rank listens there, and is taken only where no other is free."""
+    for port in (*random.SystemRandom().sample(_PORTS, 100), 0):
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("", port))
+            return int(listener.getsockname()[1])
+    raise BadInputError("no port of this machine is free for the ranks to meet at: end what listens there")
 
 
 def rank_environ(base: Mapping[str, str], rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ import pytest
 
 from largeformer.errors import BadInputError
 from largeformer.launching import local
-from largeformer.launching.local import spawn
+from largeformer.launching.local import free_port, spawn
 from largeformer.parallel.environment import discover
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -140,3 +141,14 @@ def test_spawn_outside_the_main_thread(stand_in: Path) -> None:
 def test_no_process_is_refused() -> None:
     with pytest.raises(BadInputError, match="--nproc 0"):
         spawn(0, [])
+
+
+def test_ranks_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and all(1024 <= port < min(given, 32_768) for port in ports), "several test runs at once rarely share one"
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        taken = listener.getsockname()[1]
+        monkeypatch.setattr(local, "_PORTS", [taken] * 100)
+        assert free_port() != taken, "where all are taken, one that the system gives"
