@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from largeformer import cli
+from largeformer.artifact import Artifact
 from largeformer.config.load import load_recipe
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
@@ -31,14 +32,6 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
     "no head is left": (
         chain(prune={"method": "width", "num_attention_heads": 3, "num_query_groups": 2}),
         "prune: prune.num_attention_heads 3 leaves no equal number of heads",
-    ),
-    "ranks do not divide what is pruned": (
-        chain(
-            prune={"method": "width", "ffn_hidden_size": 90, "multiple_of": 1},
-            parallel={"tensor_model_parallel_size": 4},
-            model={"num_query_groups": 4},
-        ),
-        "prune: model.ffn_hidden_size 90",
     ),
     "a pattern": (
         chain(prune={"method": "magnitude", "pattern": "2:3"}),
@@ -64,6 +57,14 @@ def test_refused(name: str) -> None:
 
 
 ACCEPTED: dict[str, Recipe] = {
+    "what stages without a pipeline may leave": chain(
+        [*CHAIN[:3], "quantize"], prune={"method": "depth", "num_layers": 3}, parallel={"pipeline_model_parallel_size": 2}
+    ),
+    "a teacher elsewhere": chain(
+        [*CHAIN[:4], {"prune": {"name": "again", "target_parameters": None, "ffn_hidden_size": 120}}],
+        distill={"teacher": "runs/large", "student": {"init": "teacher_layers", "model": {"num_layers": 9}}},
+    ),
+    "healed by training": chain(["prepare", "prune", "pretrain"], prune={**NARROW, "target_parameters": 0.01}),
     "a chain": chain(),
     "what is there already": chain(CHAIN[2:], prune={**NARROW, "target_parameters": 0.01}),
     "a student of its own": chain(
@@ -83,6 +84,21 @@ def test_accepted(name: str) -> None:
 @pytest.mark.parametrize("recipe", ["compress", "quickstart"])
 def test_the_recipes_that_come_along_are_possible(recipe: str) -> None:
     check_shapes(load_recipe(recipe))
+
+
+def test_the_first_refusal_is_the_only_one() -> None:
+    """What would follow it is not known."""
+    recipe = chain(prune={"method": "width", "ffn_hidden_size": 200}, quantize={"scheme": "w4a16", "group_size": 64})
+    with pytest.raises(BadInputError) as caught:
+        check_shapes(recipe)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_chain_whose_model_is_trained_is_left_to_its_stages(tmp_path: Path) -> None:
+    recipe, _ = REFUSED["a group of what is pruned"]
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"output_dir": str(tmp_path)})})
+    Artifact("pretrain", tmp_path / "pretrain", "0").write()
+    check_shapes(recipe)
 
 
 def test_a_chain_is_refused_before_its_first_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
