@@ -31,7 +31,8 @@ def inference_recipe(recipe: Recipe) -> Recipe:
             "sequence_parallel": False,
         }
     )
-    train = recipe.train.model_copy(update={"compile": False, "recompute_granularity": None})
+    not_trained = {"compile": False, **dict.fromkeys(("recompute_granularity", "recompute_method", "recompute_num_layers"))}
+    train = recipe.train.model_copy(update=not_trained)
     return recipe.model_copy(update={"parallel": parallel, "train": train})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.evaluation.generation import CachedDecoder, distribution, draw, generate, inference_recipe
@@ -224,3 +225,9 @@ def test_inference_recipe_keeps_all_but_what_generation_cannot_run() -> None:
     recipe = tiny_recipe(parallel=parallel, train={"compile": True, "recompute_granularity": "full"})
     expected = tiny_recipe(parallel={"tensor_model_parallel_size": 2})
     assert inference_recipe(recipe) == expected
+
+
+def test_a_model_that_was_trained_with_recomputation_fits_its_inference_layout() -> None:
+    training = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recipe = tiny_recipe(train=training, parallel={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2})
+    assert recipe_problems(recipe) == [] == recipe_problems(inference_recipe(recipe))
