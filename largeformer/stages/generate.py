@@ -10,7 +10,7 @@ from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.deployed import deployed
-from largeformer.stages.common.weights import Source, find_source, inference_layout, shaped_like
+from largeformer.stages.common.weights import Source, find_source, inference_layout
 
 if TYPE_CHECKING:
     from largeformer.stages.common.world import World
@@ -23,7 +23,7 @@ def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> 
     recipe = inference_layout(recipe, discover(os.environ).world_size)
     with enter_world(recipe, training=False) as world:
         found = find_source(recipe, source)
-        text = continue_prompt(shaped_like(recipe, found), world, found, prompt, settings)
+        text = continue_prompt(recipe, world, found, prompt, settings)
         if world.info.is_main:
             print(prompt + text)
     return text
@@ -35,7 +35,7 @@ def continue_prompt(recipe: Recipe, world: World, source: Source, prompt: str, s
     from largeformer.evaluation.generation import generate
 
     folder = source.prepared.path
-    tokenizer, ends = prepared_data.open_tokenizer(recipe, folder), prepared_data.answer_ends(recipe, folder)
+    tokenizer, ends = prepared_data.open_tokenizer(recipe, folder), world.from_main(lambda: prepared_data.answer_ends(recipe, folder))
     with deployed(recipe, world, source.checkpoint) as chunk:
         (ids,) = generate([chunk], world.groups, [tokenizer.encode(prompt)], settings, tokenizer.eod, world.device, ends)
     return tokenizer.decode(ids)

@@ -146,7 +146,8 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     """A recipe of the imported shape, for the import that will be in `folder`; written to `made`, where its tokenizer lies too."""
     from largeformer.parallel.device import machine_problems
 
-    model, name = held.model, _tokenizer_name(source, held.tokens["vocab_size"])
+    named = held.tokens.get("eod_token") or any(override.startswith("tokenizer.eod_token=") for override in overrides)
+    model, name = held.model, _tokenizer_name(source, held.tokens["vocab_size"], bool(named))
     tokenizer = dict(held.tokens) if name is None else _tokenizer_section(source, name, held.tokens, folder)
     precision = _PRECISIONS.get(str(weights.dtype(weights.names[0])), "fp32")
     if machine_problems(precision, 0):  # what the weights are stored in, this machine cannot compute in; float32 holds their numbers
@@ -172,25 +173,26 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     return recipe
 
 
-def _tokenizer_name(source: Path, rows: int) -> str | None:
+def _tokenizer_name(source: Path, rows: int, end_is_named: bool) -> str | None:
     """Of two files the SentencePiece model, unless the other one has more ids: tokens that a chat is written with are often added there
-    alone. None where there is none. rows: of the model's embedding."""
+    alone. None where there is none. rows: of the model's embedding. end_is_named: the recipe says what ends a text."""
     there = [name for name in _TOKENIZERS if (source / name).is_file()]
-    return there[-1] if len(there) == len(_TOKENIZERS) and _json_is_fuller(source, rows) else next(iter(there), None)
+    return there[-1] if len(there) == len(_TOKENIZERS) and _json_is_fuller(source, rows, end_is_named) else next(iter(there), None)
 
 
-def _json_is_fuller(source: Path, rows: int) -> bool:
-    """Whether `tokenizer.json` has ids that `tokenizer.model` lacks, or that one is no SentencePiece model; and not more ids than the model
-    has rows, and a name for what ends a text."""
+def _json_is_fuller(source: Path, rows: int, end_is_named: bool) -> bool:
+    """Whether `tokenizer.json` has further ids and a name for what ends a text, or `tokenizer.model` is no SentencePiece model; in neither
+    case more ids than the model has rows."""
     from sentencepiece import SentencePieceProcessor
 
     highest = max(_names_by_id(json_in(source / "tokenizer.json")), default=-1)
-    if not 0 <= highest < rows or _end_of_text(source) is None:
+    if not 0 <= highest < rows:
         return False
     try:
-        return highest >= SentencePieceProcessor(model_proto=(source / "tokenizer.model").read_bytes()).vocab_size()
+        size = SentencePieceProcessor(model_proto=(source / "tokenizer.model").read_bytes()).vocab_size()
     except (OSError, RuntimeError):
         return True
+    return highest >= size and (end_is_named or _end_of_text(source) is not None)
 
 
 def _tokenizer_section(source: Path, name: str, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> 
     begun = world.from_main(lambda: bool(committed(job.folder / "checkpoints")))  # then its weights are not read again
     found = find(source, recipe.checkpoint.verify == "sha256" and not begun)
     job, start = replace(job, continues=found), found.checkpoint
-    if other := another_tokenizer(reads_by(start), job.prepared):
+    told = world.from_main(lambda: read_state(start)["extra"].get("text") or reads_by(start))
+    if other := another_tokenizer(told, job.prepared):
         raise BadInputError(f"checkpoint.load {start} reads by {other}: prepare the text with the model's own (tokenizer.model)")
     step = world.from_main(lambda: read_state(start)["progress"]["step"])
     if not begun and step >= recipe.train.train_iters:

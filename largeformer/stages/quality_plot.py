@@ -81,7 +81,7 @@ def _labels(points: Sequence[tuple[float, float, str]]) -> Iterator[str]:
     taken: list[Box] = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y, _ in points]
     for x, y, names in _by_place(points):
         size = LETTER * max(map(len, names)), LINE * len(names)
-        left = x + DOT + 4 if x + DOT + 4 + size[0] <= WIDTH else x - DOT - 4 - size[0]
+        left = x + DOT + 4 if x + DOT + 4 + size[0] <= WIDTH else max(x - DOT - 4 - size[0], 0)
         box = _free_place(left, y, size, taken)
         taken.append(box)
         for line, name in enumerate(names):

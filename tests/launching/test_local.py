@@ -146,7 +146,8 @@ def test_no_process_is_refused() -> None:
 def test_ranks_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = {free_port() for _ in range(50)}
-    assert len(ports) > 40 and all(1024 <= port < min(given, 32_768) for port in ports), "several test runs at once rarely share one"
+    assert len(ports) > 40, "several test runs at once rarely share one"
+    assert given < 32_768 or max(ports) < given
     with socket.socket() as listener:
         listener.bind(("", 0))
         taken = listener.getsockname()[1]

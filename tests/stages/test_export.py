@@ -502,6 +502,17 @@ def test_of_two_tokenizers_the_one_with_all_ids(run: Path, tmp_path: Path, name:
     assert (tokens.type, tokens.vocab_size - tokens.unused_ids, tokens.unused_ids) == (kind, 512 - unused if unused else 500, unused)
 
 
+def test_the_tokenizer_with_all_ids_is_taken_where_the_recipe_names_the_end(run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(run / "export" / "hf", source)
+    padded(source, 512)
+    add_a_token(source)
+    nobody_says_what_ends(source)
+    import_here(source, tmp_path / "imported", "tokenizer.eod_token=</s>")
+    tokens = load_recipe(str(tmp_path / "imported" / "import" / "config.yaml")).tokenizer
+    assert (tokens.type, tokens.eod_token, tokens.unused_ids) == ("huggingface", "</s>", 11)
+
+
 @pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
 def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Path, template: str) -> None:
     """Also where its chain has prepared a text of its own, and by way of our own folder."""
@@ -536,6 +547,7 @@ ENDS: dict[str, tuple[dict[str, Any], Any]] = {
     "several": ({"generation_config.json": [7, 2]}, [2, 7]),
     "another one": ({"generation_config.json": 7}, [2, 7]),
     "the same": ({"generation_config.json": 2, "config.json": [2, 7]}, 2),
+    "an empty list in the one": ({"generation_config.json": [], "config.json": [7, 2]}, [2, 7]),
     "none in the one": ({"generation_config.json": None, "config.json": [7, 2]}, [2, 7]),
     "beyond the vocabulary": ({"generation_config.json": [2, 9, 99999]}, [2, 9]),
     "garbage": ({"generation_config.json": ["</s>", -1, 9.5]}, 2),

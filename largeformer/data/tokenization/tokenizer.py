@@ -108,10 +108,13 @@ def said_of(folder: Path) -> dict[str, Any]:
     if (template := folder / "chat_template.jinja").is_file():
         content["chat_template"] = template.read_text()
     named = {key: value for key, value in content.items() if isinstance(value, str) and key in _SAID}
-    ends = [json_in(folder / name).get(_ENDS) for name in ("generation_config.json", "config.json", SETTINGS)]
-    first: Any = next((end for end in ends if end is not None), [])
-    ids = [i for i in (first if isinstance(first, list) else [first]) if type(i) is int and i >= 0]
-    return {**named, **({_ENDS: ids} if ids else {})}
+    ends = (_ids(json_in(folder / name).get(_ENDS)) for name in ("generation_config.json", "config.json", SETTINGS))
+    first = next((ids for ids in ends if ids), [])
+    return {**named, **({_ENDS: first} if first else {})}
+
+
+def _ids(given: Any) -> list[int]:
+    return [i for i in (given if isinstance(given, list) else [given]) if type(i) is int and i >= 0]
 
 
 def json_in(path: Path) -> dict[str, Any]:

@@ -68,10 +68,14 @@ def prefixes(recipe: Recipe, folder: Path) -> list[tuple[Path, float]]:
 
 
 def tokenizer_path(recipe: Recipe, folder: Path) -> Path:
-    """The tokenizer's file in a prepare folder. Where the recipe names the same by its path, that one: beside it stands what is said of
-    chats now."""
-    copy, given = folder / tokenizer_file(recipe.tokenizer), Path(recipe.tokenizer.model or "").expanduser()
-    return given if given.is_file() and copy.is_file() and given.read_bytes() == copy.read_bytes() else copy
+    """The tokenizer's file in a prepare folder. Where the recipe names the same by its path, and it can be read there, that one: beside it
+    stands what is said of chats now."""
+    copy = folder / tokenizer_file(recipe.tokenizer)
+    try:
+        given = Path(recipe.tokenizer.model or "").expanduser()
+        return given if given.is_file() and given.read_bytes() == copy.read_bytes() else copy
+    except (OSError, RuntimeError):  # in a home that is not ours, or nobody's
+        return copy
 
 
 def answer_ends(recipe: Recipe, folder: Path) -> list[int]:

@@ -24,7 +24,8 @@ def build_sampler(
 
     if not recipe.tracking.sample_prompts:
         return tuple
-    tokenizer, ends = prepared_data.open_tokenizer(recipe, prepared.path), prepared_data.answer_ends(recipe, prepared.path)
+    tokenizer = prepared_data.open_tokenizer(recipe, prepared.path)
+    ends = world.from_main(lambda: prepared_data.answer_ends(recipe, prepared.path))
     prompts = [(prompt, tokenizer.encode(prompt)[-recipe.model.seq_length + 1 :]) for prompt in recipe.tracking.sample_prompts]
 
     def sample() -> Sequence[tuple[str, str]]:
