@@ -64,7 +64,7 @@ def generate(
     was_training = model.training
     model.eval()
     decoder = CachedDecoder(model, len(rows), limit, device)
-    done = 0  # tokens of every row that the cache holds
+    ending, done = {eod, *ends}, 0  # tokens of every row that the cache holds
     while not all(row.finished for row in rows):
         # Prompts differ in length: the shortest sets the prefill, and the longer ones are fed on until they are through.
         known = min(len(row.tokens) for row in rows)
@@ -74,7 +74,7 @@ def generate(
         drawn = draw(logits[waiting, :vocab_size], settings, [generators[index] for index in waiting])
         dist.broadcast(drawn, src=dist.get_global_rank(groups.tensor, 0), group=groups.tensor)
         for index, token in zip(waiting, drawn.tolist(), strict=True):
-            rows[index].append(token, ends={eod, *ends})
+            rows[index].append(token, ending)
     model.train(was_training)
     return [row.new for row in rows]
 
@@ -151,12 +151,12 @@ class _Row:
     def new(self) -> list[int]:
         return self.tokens[self._prompt_length : self._ended_at]
 
-    def append(self, token: int, ends: Collection[int]) -> None:
+    def append(self, token: int, ending: Collection[int]) -> None:
         """Add a drawn token. A finished row grows on, so that the batch stays rectangular; what it adds is not returned."""
         self.tokens.append(token)
         if self.finished:
             return
-        if token in ends:
+        if token in ending:
             self._ended_at = len(self.tokens) - 1
         elif len(self.tokens) == self._limit:
             self._ended_at = self._limit

@@ -45,8 +45,8 @@ def run(recipe: Recipe, *, fresh: bool = False, cut_short: CutShort | None = Non
 
 
 def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> TrainingJob:
-    """The job as it goes on from `source`; zeros of a pruned model stay. Collective. Raises BadInputError where there is no checkpoint, or
-    nothing left to train."""
+    """The job as it goes on from `source`; zeros of a pruned model stay. Collective. Raises BadInputError where there is no checkpoint, one
+    that reads by another tokenizer, or nothing left to train."""
     from largeformer.checkpoint.commit import committed
     from largeformer.checkpoint.verify import find
     from largeformer.training.checkpointing import read_state
@@ -55,10 +55,11 @@ def _continued(recipe: Recipe, world: World, job: TrainingJob, source: Path) -> 
     begun = world.from_main(lambda: bool(committed(job.folder / "checkpoints")))  # then its weights are not read again
     found = find(source, recipe.checkpoint.verify == "sha256" and not begun)
     job, start = replace(job, continues=found), found.checkpoint
-    told = world.from_main(lambda: read_state(start)["extra"].get("text") or reads_by(start))
+    state = world.from_main(lambda: read_state(start))
+    told = state["extra"].get("text") or world.from_main(lambda: reads_by(start))
     if other := another_tokenizer(told, job.prepared):
         raise BadInputError(f"checkpoint.load {start} reads by {other}: prepare the text with the model's own (tokenizer.model)")
-    step = world.from_main(lambda: read_state(start)["progress"]["step"])
+    step = state["progress"]["step"]
     if not begun and step >= recipe.train.train_iters:
         raise BadInputError(
             f"checkpoint.load {start} is of step {step}, and train.train_iters is {recipe.train.train_iters}, which counts from 0: set it "

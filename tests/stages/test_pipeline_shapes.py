@@ -9,7 +9,7 @@ import pytest
 
 from largeformer import cli
 from largeformer.artifact import Artifact
-from largeformer.config.load import load_recipe
+from largeformer.config.load import load_recipe, recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.stages.pipeline_shapes import check_shapes
@@ -102,7 +102,14 @@ def test_a_chain_whose_model_is_trained_is_left_to_its_stages(tmp_path: Path) ->
 
 
 def test_a_chain_is_refused_before_its_first_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = f"run.output_dir={tmp_path / 'run'}"
-    assert cli.main(["run", "-c", "compress", output, "quantize.scheme=w4a16"]) == 2
-    assert "quantize: quantize.group_size 128 does not divide 576" in capsys.readouterr().err
+    recipe, sentence = REFUSED["a group of what is pruned"]
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
+    assert cli.main(["run", "-c", str(tmp_path / "recipe.yaml"), f"run.output_dir={tmp_path / 'run'}", "train.train_iters=1"]) == 2
+    assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_groups_that_do_not_divide_what_compress_prunes() -> None:
+    with pytest.raises(BadInputError, match=r"quantize\.group_size 128 does not divide 576"):
+        check_shapes(load_recipe("compress", ["quantize.scheme=w4a16"]))
+    check_shapes(load_recipe("compress", ["quantize.scheme=w4a16", "quantize.group_size=64"]))
