@@ -43,9 +43,14 @@ class Losses:
     def mean(self) -> float:
         return float(self.sums.sum() / self.tokens.sum())
 
+    def minus(self, other: Losses) -> torch.Tensor:
+        if not torch.equal(self.tokens, other.tokens):
+            sys.exit("the models read different text: all of them need one data.split, one tokenizer and one seq_length")
+        return self.sums - other.sums
+
     def beyond(self, other: Losses) -> tuple[float, float]:
         """How much larger than the `other`'s a token's loss is, and the standard error of that over windows."""
-        rest = self.sums - other.sums
+        rest = self.minus(other)
         mean = float(rest.sum() / self.tokens.sum())
         count = len(rest)
         spread = float(((rest - mean * self.tokens) ** 2).sum()) / max(count - 1, 1)
@@ -57,7 +62,8 @@ def together(parts: Sequence[Losses]) -> Losses:
 
 
 def average(seeds: Sequence[Losses]) -> Losses:
-    return Losses(seeds[0].tokens, torch.stack([seed.sums for seed in seeds]).mean(dim=0))
+    first, *_ = seeds
+    return Losses(first.tokens, first.sums + torch.stack([seed.minus(first) for seed in seeds]).mean(dim=0))
 
 
 @torch.no_grad()
@@ -74,11 +80,13 @@ def losses(model: torch.nn.Module, batches: Sequence[Batch], vocab_size: int) ->
 
 
 def held_out(recipe: Recipe, folder: Path, splits: Sequence[str]) -> dict[str, list[Batch]]:
-    """The windows of each source that has any in one of `splits`, the sources numbered."""
-    tokenizer = prepared_data.open_tokenizer(recipe, folder)
+    """The windows of each source, numbered as in `data.sources`; each has some in every one of `splits`."""
+    tokenizer, prefixes = prepared_data.open_tokenizer(recipe, folder), prepared_data.prefixes(recipe, folder)
     found: dict[str, list[Batch]] = {}
     for split in splits:
-        streams = held_out_streams(recipe.data, prepared_data.prefixes(recipe, folder), tokenizer, split, recipe.run.seed)
+        streams = held_out_streams(recipe.data, prefixes, tokenizer, split, recipe.run.seed)
+        if len(streams) < len(prefixes):
+            sys.exit(f"a source of {folder} has no {split} text, so its windows cannot be told from another's: name other --splits")
         for number, stream in enumerate(streams, start=1):
             windows = evaluation_windows([stream], recipe.model.seq_length, Reading(MICRO_BATCH, 0, 1), tokenizer.eod)
             found.setdefault(f"source {number}", []).extend(windows)
