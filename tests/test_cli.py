@@ -242,12 +242,6 @@ def test_generate_from_a_run_that_was_moved(tmp_path: Path, monkeypatch: pytest.
     assert sampling.model_dump() == {"max_new_tokens": 9, "temperature": 0.0, "top_k": 3, "top_p": 0.5, "seed": 4}
 
 
-def test_generate_from_the_recipes_own_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = stage(monkeypatch, "generate")
-    assert cli.main(["generate", "-c", "quickstart", "--prompt", "x"]) == 0
-    assert stand_in.called[0][1] == Path("runs/quickstart/pretrain")
-
-
 def test_evaluate_and_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, doctor = stage(monkeypatch, "evaluate"), stage(monkeypatch, "doctor", 1)
     assert cli.main(["evaluate", "-c", "quickstart"]) == 0

@@ -98,13 +98,13 @@ def generate(
     top_p: Annotated[float | None, typer.Option("--top-p")] = None,
     seed: Annotated[int | None, typer.Option("--seed")] = None,
 ) -> int:
-    """Text from a checkpoint."""
+    """Text from a checkpoint, by default of the run's last model."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     flags = [f"generate.{key}={value}" for key, value in sampling.items() if value is not None]
     recipe = load_for(source, config, [*(overrides or []), *flags])
     from largeformer.stages import generate as stage
 
-    return exit_code(stage.run(recipe, source or Path(recipe.run.output_dir) / "pretrain", prompt, recipe.generate))
+    return exit_code(stage.run(recipe, source, prompt, recipe.generate))
 
 
 def quantize(

@@ -10,20 +10,22 @@ from largeformer.config.schema import GenerateConfig, Recipe
 from largeformer.parallel.environment import discover
 from largeformer.stages.common import prepared_data
 from largeformer.stages.common.deployed import deployed
-from largeformer.stages.common.weights import Source, find_source, inference_layout
+from largeformer.stages.common.inputs import stage_before
+from largeformer.stages.common.weights import Source, find_source, inference_layout, shaped_like
 
 if TYPE_CHECKING:
     from largeformer.stages.common.world import World
 
 
-def run(recipe: Recipe, source: Path, prompt: str, settings: GenerateConfig) -> str:
-    """Print `prompt` and what the model goes on with, on rank 0; returns the new text."""
+def run(recipe: Recipe, source: Path | None, prompt: str, settings: GenerateConfig) -> str:
+    """Print `prompt` and what the model at `source` (default: the last of the recipe's own run) goes on with, on rank 0; returns the new
+    text. Raises BadInputError where there is no such model, or it has not finished and is not named."""
     from largeformer.stages.common.world import enter_world
 
     recipe = inference_layout(recipe, discover(os.environ).world_size)
     with enter_world(recipe, training=False) as world:
-        found = find_source(recipe, source)
-        text = continue_prompt(recipe, world, found, prompt, settings)
+        found = find_source(recipe, source or world.from_main(lambda: stage_before(recipe, None)))
+        text = continue_prompt(shaped_like(recipe, found), world, found, prompt, settings)
         if world.info.is_main:
             print(prompt + text)
     return text

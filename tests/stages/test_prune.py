@@ -221,6 +221,21 @@ def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd
     assert (prune.run / "prune.old-1" / "manifest.json").exists()
 
 
+def text_of(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capfd.readouterr()
+    assert cli.main(["generate", *arguments, "--prompt", "def load(", "--max-new-tokens", "12", "--seed", "1"]) == 0
+    return capfd.readouterr().out
+
+
+def test_text_is_that_of_the_runs_last_model_unless_another_is_named(prune: Any, recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the recipe that the chain began with, whose `model` is not the pruned one's."""
+    assert prune("prune.method=depth", "prune.num_layers=2") == 0
+    began = ["-c", str(recipe), f"run.output_dir={prune.run}"]
+    last = text_of(capfd, *began, "run.stages=[prepare, pretrain, prune]")
+    assert last == text_of(capfd, *began, "--from", str(prune.run / "prune")) == text_of(capfd, "--from", str(prune.run / "prune"))
+    assert text_of(capfd, *began) == text_of(capfd, "--from", str(prune.run)) != last
+
+
 @pytest.mark.slow
 def test_a_chain_with_two_prunings(prune: Any, recipe: Path) -> None:
     stages = "[prepare, pretrain, {prune: {ffn_hidden_size: 64}}, {prune: {name: prune-2, method: depth, num_layers: 3}}]"

@@ -80,11 +80,11 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
     return Input(shaped_like(at_stage(recipe, entry), found), entry, found, made_by, folder)
 
 
-def stage_before(recipe: Recipe, entry: StageEntry) -> Path:
-    """The folder of the nearest stage before `entry` in the recipe's own run that has left a model; of one that does not stand in
-    `run.stages` the last of all. Raises BadInputError where that stage has not finished, or its checkpoints are gone."""
+def stage_before(recipe: Recipe, entry: StageEntry | None) -> Path:
+    """The folder of the nearest stage before `entry` in the recipe's own run that has left a model; of None, and of one that does not stand
+    in `run.stages`, the last of all. Raises BadInputError where that stage has not finished, or its checkpoints are gone."""
     run, names = Path(recipe.run.output_dir), [other.name for other in recipe.run.stages]
-    earlier = names[: names.index(entry.name)] if entry.name in names else [name for name in names if name != entry.name]
+    earlier = names[: names.index(entry.name)] if entry is not None and entry.name in names else names
     kinds = {other.name: other.stage for other in recipe.run.stages} | {"import": "import"}
     made = {run / name: Artifact.read(run / name) for name in ("import", *earlier) if kinds[name] in _MODELS}
     models = [folder for folder, artifact in made.items() if (folder / "checkpoints").is_dir() or artifact is not None]
