@@ -11,6 +11,9 @@ from largeformer.config.cleaning import CleaningStep, DeduplicateConfig
 from largeformer.config.sampling import RandomSampling, SamplingConfig
 from largeformer.config.section import Positive, PositiveInt, Section
 
+READING = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment")
+"""Keys of `data` that say how prepared text is trained on, not what it is."""
+
 
 class TokenizerConfig(Section):
     """A SentencePiece model, trained by `prepare` or read from `model`; or a Hugging Face `tokenizer.json`, always read from `model`.

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from largeformer.config.chain import StageEntry, TrainedSection
 from largeformer.config.checkpoint import CheckpointConfig
-from largeformer.config.data import DataConfig, TokenizerConfig
+from largeformer.config.data import READING, DataConfig, TokenizerConfig
 from largeformer.config.distill import DistillConfig
 from largeformer.config.export import ExportConfig
 from largeformer.config.guards import GuardsConfig
@@ -217,10 +217,9 @@ class Recipe(Section):
         """What makes the result of `stage` what it is: never the layout, ZeRO, micro batch, tracking, intervals or names. A stage that
         works on an earlier one's model adds that one's identity, which says the rest."""
         unused = {"num_workers", "prepare_workers", "quarantine_threshold"}
-        order = {"reset_attention_mask", "reset_position_ids", "eod_mask_loss", "sampling", "augment"}
         tokenizer_and_data: dict[str, Any] = {
             "tokenizer": self.tokenizer.identity(),
-            "data": self.data.model_dump(mode="json", exclude={*unused, *(order if stage == "prepare" else ())}),
+            "data": self.data.model_dump(mode="json", exclude={*unused, *(READING if stage == "prepare" else ())}),
             "seed": self.run.seed,
         }
         if stage == "prepare":
@@ -239,8 +238,10 @@ class Recipe(Section):
             own = {"stage": stage, "seed": self.run.seed, stage: section.model_dump(mode="json", exclude=_NOT_ITS_OWN)}
             if not isinstance(section, TrainedSection):
                 return own
+            if section.trains:
+                return {**own, **training, "data": self.data.model_dump(mode="json", include=set(READING))}
             # What does not train computes and writes in that precision all the same.
-            return {**own, **(training if section.trains else {"train": {"precision": self.train.precision}})}
+            return {**own, "train": {"precision": self.train.precision}}
         return {
             "stage": stage,
             **tokenizer_and_data,

@@ -55,7 +55,7 @@ def written_answers(lesson: Lesson, world: World) -> AnswerReader:
         teacher = live_teacher(lesson, world)
         dictation = Dictation(teacher, world.groups, world.device, vocabulary, recipe.train.loss_chunk_size, top_k)
         text = training_batches(recipe, world, lesson.given.source.prepared)(0)
-        writer = AnswerWriter(folder, world.info.rank, offline.precision)
+        writer = AnswerWriter(folder, offline.precision)
         try:
             ended = dictation.write(text, until, where, writer, lambda: signals.received)
         except OSError as error:

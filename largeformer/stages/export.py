@@ -43,7 +43,7 @@ from largeformer.stages.common.weights import Source, inference_layout
 from largeformer.stages.common.world import enter_world, reporting
 from largeformer.stages.export_source import onnx_latency, reference, sample_texts
 from largeformer.stages.quality_report import weight_bytes
-from largeformer.training.signals import StopSignals
+from largeformer.training.signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
     from largeformer.export.formats import Job
@@ -286,12 +286,16 @@ def _print(name: str, figures: Mapping[str, Any]) -> None:
 
 
 def _wait(plan: _Plan, since: float) -> Artifact:
-    """The artifact, as soon as rank 0 has finished: without a collective, which would time out. Raises BadInputError where it failed."""
+    """The artifact, as soon as rank 0 has finished: without a collective, which would time out. Raises BadInputError where it failed,
+    StopRequested where it was stopped."""
     while True:
         there = Artifact.read(plan.given.folder)
         if there is not None and there.identity == plan.identity:
             return replace(there)
         status = read_status(plan.given.folder.parent) or {}
-        if status.get("status") == "failed" and status.get("stage") == plan.given.entry.name and status.get("time", 0.0) >= since:
-            raise BadInputError(f"export failed on rank 0: {status.get('error', 'no reason given')}")
+        if status.get("stage") == plan.given.entry.name and status.get("time", 0.0) >= since:
+            if status["status"] == "failed":
+                raise BadInputError(f"export failed on rank 0: {status.get('error', 'no reason given')}")
+            if status["status"] == "requeue":
+                raise StopRequested(f"export was {status.get('reason')} on rank 0")
         time.sleep(_POLL_S)

@@ -211,6 +211,16 @@ def test_a_signal_while_text_is_prepared_by_a_command_of_its_own(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_signal_while_one_rank_exports_and_the_other_waits(tmp_path: Path) -> None:
+    path = recipe(tmp_path, run={"stages": ["prepare", "pretrain", "export"]}, export={"formats": ["largeformer"], "gate_tokens": 256})
+    ended = launch(path, command="run", faults="0 largeformer.stages.export _write_and_compare 1 SIGTERM")
+    assert ended.codes == [75, 75], ended.errors
+    assert (status(path)["status"], status(path)["stage"]) == ("requeue", "export")
+    assert launch(path, command="run").codes == [0, 0]
+    assert (path.parent / "run" / "export" / "manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_with_the_interpreter_locked_is_ended_too(tmp_path: Path) -> None:
     """No thread of Python can run on rank 1: its timer in C goes off instead."""
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 4.0})

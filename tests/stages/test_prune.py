@@ -210,6 +210,16 @@ def test_a_gradual_schedule_says_what_it_came_to(prune: Any) -> None:
     assert metrics(prune.run)["sparsity"]["overall"] == pytest.approx(0.6, abs=2e-3) and metrics(prune.run)["perplexity"] > 1
 
 
+def test_a_gradual_schedule_reads_text_as_its_own_recipe_says(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """The model was trained, and its text prepared, by a recipe that says otherwise."""
+    otherwise = ("data.eod_mask_loss=true", "data.sampling={type: temperature, temperature: 2.0}")
+    assert prune(*GRADUAL, *otherwise) == 0
+    read = yaml.safe_load((prune.run / "prune" / "config.yaml").read_text())["data"]
+    assert read["eod_mask_loss"] is True and read["sampling"]["type"] == "temperature"
+    assert prune(*GRADUAL) == 2
+    assert "data.eod_mask_loss was True, is False" in capfd.readouterr().err
+
+
 def test_what_is_done_is_not_done_again_and_another_is_refused(prune: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert prune("prune.ffn_hidden_size=64") == 0
     before = (prune.run / "prune" / "manifest.json").stat().st_mtime_ns

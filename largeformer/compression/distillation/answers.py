@@ -1,10 +1,11 @@
 """A teacher's answers, written down: the most probable ids of each token with their log-probabilities at the temperature of the loss.
 
     identity.json                         what the answers depend on: teacher, text and its order, temperature, top-k
-    answers_<sample>_<rank>.safetensors   rows of whole samples: samples int64[n], ids uint32[n, s, k],
-                                          log_probabilities float16 or float32[n, s, k], rest float32[n, s]: log of what the others have
+    answers_<sample>_<unique>.safetensors   rows of whole samples: samples int64[n], ids uint32[n, s, k],
+                                            log_probabilities float16 or float32[n, s, k], rest float32[n, s]: log of what the others have
 
-A sample is known by its place in the training order, which no layout changes: another layout or micro batch reads the same files. What
+A sample is known by its place in the training order, which no layout changes: another layout or micro batch reads the same files. No file
+is ever written over: another student may have read where its samples are. What
 lies beyond the top k is taken to be spread over the other ids as the student spreads it, so that the divergence is that over the k ids
 and one outcome for all others: nothing is renormalised, and with all ids written it is the divergence over the vocabulary.
 `n` samples, `s` sequence, `b` micro batch, `v` this rank's share of the padded vocabulary.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,8 +124,8 @@ def index(folder: Path) -> dict[int, tuple[str, int]]:
 class AnswerWriter:
     """Gathers the answers of this rank's samples, and writes a file whenever there are enough; each is there whole or not at all."""
 
-    def __init__(self, folder: Path, rank: int, precision: str) -> None:
-        self._folder, self._rank, self._dtype = folder, rank, {"fp32": np.float32, "fp16": np.float16}[precision]
+    def __init__(self, folder: Path, precision: str) -> None:
+        self._folder, self._dtype = folder, {"fp32": np.float32, "fp16": np.float16}[precision]
         self._rows: list[dict[str, np.ndarray]] = []
         self._size = 0
 
@@ -146,7 +148,7 @@ class AnswerWriter:
         if not self._rows:
             return
         whole = {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
-        path = self._folder / f"answers_{whole['samples'][0]:012d}_{self._rank:05d}{_SUFFIX}"
+        path = self._folder / f"answers_{whole['samples'][0]:012d}_{uuid.uuid4().hex}{_SUFFIX}"
         temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
         try:
             save_file(whole, temporary)

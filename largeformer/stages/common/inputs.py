@@ -13,7 +13,7 @@ from typing import Any
 
 from largeformer.artifact import Artifact, file_sha256, identity_hash, write_atomically
 from largeformer.checkpoint.manifest import checksum
-from largeformer.config.chain import StageEntry, at_stage
+from largeformer.config.chain import StageEntry, TrainedSection, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
@@ -77,7 +77,10 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
     found = find_source(recipe, source or from_main(lambda: stage_before(recipe, entry)))
     made_by = Artifact.read(found.checkpoint.parent.parent)
     folder = Path(recipe.run.output_dir) / entry.name
-    return Input(shaped_like(at_stage(recipe, entry), found), entry, found, made_by, folder)
+    as_set = at_stage(recipe, entry)
+    section = getattr(as_set, entry.stage, None)
+    trains = isinstance(section, TrainedSection) and section.trains
+    return Input(shaped_like(as_set, found, trains=trains), entry, found, made_by, folder)
 
 
 def stage_before(recipe: Recipe, entry: StageEntry | None) -> Path:

@@ -11,6 +11,7 @@ import yaml
 
 from largeformer.artifact import Artifact
 from largeformer.config.checks import recipe_problems
+from largeformer.config.data import READING
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.stages.common import prepared_data
@@ -85,14 +86,17 @@ def _imported(stage: Path) -> Artifact | None:
     return artifact if artifact is not None and artifact.kind == "import" else None
 
 
-def shaped_like(recipe: Recipe, source: Source) -> Recipe:
+def shaped_like(recipe: Recipe, source: Source, *, trains: bool = False) -> Recipe:
     """The recipe with the model and the tokenizer that the checkpoint was made with, which an earlier stage may have changed, and with the
-    text that was prepared for it, which an import knows nothing of.
+    text that was prepared for it, which an import knows nothing of. How that is read is as the checkpoint's stage did, or, of one that
+    `trains`, as the recipe says.
 
     Raises BadInputError where the checkpoint or the prepared data does not say, or the layout does not fit that model.
     """
     made_with = _made_with(source.checkpoint)
     data = made_with.data
+    if trains:
+        data = data.model_copy(update={key: getattr(recipe.data, key) for key in (*READING, "num_workers")})
     if source.prepared.kind == prepared_data.KIND:
         text = _made_with(source.prepared.path)
         data = data.model_copy(update={key: getattr(text.data, key) for key in text.identity(prepared_data.KIND)["data"]})

@@ -99,9 +99,9 @@ def batch_of(samples: tuple[int, ...]) -> Batch:
     return Batch(nothing, nothing, nothing.float(), nothing, samples)
 
 
-def fill(folder: Path, samples: tuple[int, ...], precision: str = "fp32", rank: int = 0) -> None:
+def fill(folder: Path, samples: tuple[int, ...], precision: str = "fp32") -> None:
     """Sample n says the ids 2^17 + n, and probabilities that tell sample and place."""
-    writer = AnswerWriter(folder, rank, precision)
+    writer = AnswerWriter(folder, precision)
     numbers = torch.tensor(samples)[:, None, None]
     places = torch.arange(3)[None, :, None]
     ids = (2**17 + numbers).expand(-1, 3, 2)
@@ -114,7 +114,7 @@ def fill(folder: Path, samples: tuple[int, ...], precision: str = "fp32", rank: 
 def test_any_micro_batch_finds_its_samples(precision: str, tmp_path: Path) -> None:
     claim(tmp_path, {"teacher": "a"})
     fill(tmp_path, (0, 2, 4), precision)
-    fill(tmp_path, (1, 3), precision, rank=1)
+    fill(tmp_path, (1, 3), precision)
     reader = AnswerReader(tmp_path, index(tmp_path))
     reader.begin([batch_of((3, 4)), batch_of((0,))])
     first, second = reader.answer(), reader.answer()
@@ -140,7 +140,7 @@ def test_what_was_being_written_is_not_taken_for_an_answer(tmp_path: Path) -> No
 
 
 def test_two_students_may_write_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second claims the folder, and writes the same file, while the first writes."""
+    """The second claims the folder, and writes the same samples, while the first writes."""
     claim(tmp_path, {"teacher": "a"})
     save, pid = answers.save_file, os.getpid()
 
@@ -155,6 +155,19 @@ def test_two_students_may_write_the_same_answers(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(answers, "save_file", second)
     fill(tmp_path, (0, 1))
     assert sorted(index(tmp_path)) == [0, 1] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_another_layout_writes_leaves_a_reader_its_samples(tmp_path: Path) -> None:
+    """Files of other samples that begin alike, or of fewer, come between a student's look and its reading."""
+    claim(tmp_path, {"teacher": "a"})
+    for samples in ((0, 2, 4, 6), (1, 3, 5, 7)):
+        fill(tmp_path, samples)
+    reader = AnswerReader(tmp_path, index(tmp_path))
+    for samples in ((0, 1, 2, 3), (4, 5), (1,)):
+        fill(tmp_path, samples)
+    reader.begin([batch_of(tuple(range(8)))])
+    assert reader.answer().ids[:8, 0].tolist() == [2**17 + n for n in range(8)]  # type: ignore[union-attr]
+    assert sorted(index(tmp_path)) == list(range(8))
 
 
 @pytest.mark.parametrize(

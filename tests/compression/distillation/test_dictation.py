@@ -56,7 +56,7 @@ def dictate(ranks: RankContext, recipe: Recipe, folder: Path, stops: bool = Fals
     perturb(shards)
     dictation = Dictation(Teacher(chunks, groups, 3.0), groups, device, recipe.tokenizer.vocab_size, chunk=40, top_k=TOP_K)
     text = Text(recipe, groups.coordinates.data, groups.layout.data)
-    finished = dictation.write(text, SAMPLES, held, AnswerWriter(folder, ranks.rank, "fp32"), lambda: stops)
+    finished = dictation.write(text, SAMPLES, held, AnswerWriter(folder, "fp32"), lambda: stops)
     destroy_groups()
     return finished
 
