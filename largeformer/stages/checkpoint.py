@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from largeformer.errors import BadInputError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from largeformer.checkpoint.format import Place, Tensors
 
 GIB = 2**30
+_WIDE = 200  # where no terminal says how wide it is
 
 
 def show_list(source: Path, as_json: bool) -> int:
@@ -28,12 +30,16 @@ def show_list(source: Path, as_json: bool) -> int:
         print(json.dumps({"checkpoints": rows}, indent=2))
         return 0
     table = Table("stage", "step", "samples", "tokens", "val_loss", "size", "layout", "files", box=None, pad_edge=False)
+    table.columns[-1].overflow = "fold"
     for row in rows:
         number = ["-" if row[key] is None else f"{row[key]:,}" for key in ("samples", "tokens")]
         loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         state = "complete" if not row["problems"] else f"damaged: {row['problems'][0]}"
-        table.add_row(row["stage"], f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", state)
-    Console(soft_wrap=True).print(table)
+        table.add_row(Text(row["stage"]), f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", Text(state))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
+    console.print(table)
     return 0
 
 
@@ -116,7 +122,7 @@ def _valid(source: Path, hashes: bool = True, below: str = "") -> Path:
 
     found = find(source, hashes, below)
     for refused in found.refused:
-        Console(stderr=True, soft_wrap=True).print(f"{refused}; using {found.checkpoint.name} instead", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"{refused}; using {found.checkpoint.name} instead", markup=False, highlight=False)
     return found.checkpoint
 
 
@@ -171,7 +177,8 @@ def _row(path: Path, problems: list[str]) -> dict[str, Any]:
         layout = record["layout"]
         row |= {"samples": record["progress"]["samples"], "tokens": record["progress"]["tokens"]}
         row |= {"val_loss": record["validation"].get("val_loss")}
-        row |= {"layout": f"TP{layout['tensor']} PP{layout['pipeline']} on {layout['world_size']}"}
+        if layout:  # none where the model was imported, or changed without training
+            row |= {"layout": f"TP{layout['tensor']} PP{layout['pipeline']} on {layout['world_size']}"}
     except (BadInputError, KeyError, TypeError, AttributeError):
         problems = problems or [f"{path / 'state.json'} cannot be read"]
     return {**row, "bytes": size, "problems": problems}

@@ -19,6 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from largeformer import cli
+from largeformer.checkpoint.commit import begin, commit
+from largeformer.checkpoint.manifest import Digest, read_manifest, write_manifest
+from largeformer.stages.checkpoint import _valid
+from largeformer.training.checkpointing import first_state
 from tests.checkpoint.test_format import Bomb
 from tests.checkpoint.test_layouts import State, recipe_at, train_and_save
 from tests.commands import run_command
@@ -111,6 +115,34 @@ def test_list(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3 and lines[2].split()[:2] == ["pretrain", "4"] and lines[2].rstrip().endswith("complete")
 
 
+def untrained(folder: Path, stage: str = "import") -> Path:
+    """A checkpoint such as an import leaves: of no layout."""
+    temporary, contents = begin(folder / stage / "checkpoints", 0), {"state.json": first_state(), "weights": b"x"}
+    for name, held in contents.items():
+        (temporary / name).write_bytes(held)
+    return commit(temporary, {name: Digest.of(held) for name, held in contents.items()})
+
+
+def test_list_of_what_was_not_trained_here(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    untrained(tmp_path)
+    (row,) = printed(capfd, "list", str(tmp_path), "--json")["checkpoints"]
+    assert (row["layout"], row["problems"]) == (None, [])
+    assert printed(capfd, "list", str(tmp_path)).splitlines()[1].split()[-2:] == ["-", "complete"]
+
+
+def test_a_name_with_brackets_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the table, whole where nothing says how wide it may be, and where another checkpoint is used instead."""
+    folder = tmp_path / ("deep" * 40) / "exp[/1]"
+    damaged = untrained(folder, stage="s[red]")
+    (damaged / "weights").unlink()
+    told = "".join(line.strip() for line in printed(capfd, "list", str(folder)).splitlines()[1:])
+    assert told.startswith("s[red]") and f"{damaged.name}/weights" in told and "[/1]" in told, told
+    commit(begin(folder / "s[red]" / "checkpoints", 1), {"[/foo]": Digest.of(b"x")})
+    untrained(folder, stage="s[red]")
+    assert _valid(folder / "s[red]").name == "step_00000000"
+    assert "[/foo]" in capfd.readouterr().err
+
+
 def test_inspect(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = printed(capfd, "inspect", str(run), "--json")
     weights = {tensor["name"]: tensor for tensor in found["tensors"]["weights"]}
@@ -183,7 +215,6 @@ def poison(path: Path, trace: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_runs_that_is_hidden_in_a_file(run: Path, tmp_path: Path, name: str) -> None:
     """Also where the sums were made to fit, as who has written the file can do."""
-    from largeformer.checkpoint.manifest import Digest, read_manifest, write_manifest
     from largeformer.errors import BadInputError
     from largeformer.training.checkpointing import open_tensors, random_states, read_state
 
