@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from largeformer.config.source import apply_overrides
+
 ROOT = Path(__file__).parents[2]
 _SRUN = """#!/bin/bash
 echo "srun $*" >> calls
@@ -128,20 +130,53 @@ def test_how_ranks_are_started(tmp_path: Path) -> None:
     ended, calls, _ = run("pretrain", tmp_path, SLURM_CPUS_PER_TASK="6", RECIPE="r.yaml", PER_NODE="true", **JOB)
     assert ended == 0 and len(calls) == 2
     assert "--ntasks=2 --ntasks-per-node=1 bash -c true" in calls[0]
-    assert calls[1].endswith("--output=out/logs/9-%t.log python -m largeformer pretrain -c r.yaml run.output_dir=out")
+    assert calls[1].endswith("--output=out/logs/9-%t.log python -m largeformer pretrain -c r.yaml run.output_dir='out'")
     assert "--cpus-per-task=6 --kill-on-bad-exit=0 --wait=600" in calls[1]
 
 
-@pytest.mark.parametrize(
-    ("image", "wanted"),
-    [
-        pytest.param("nvcr.io/x:1", "--container-image=nvcr.io/x:1 --container-mounts=", id="pyxis"),
-        pytest.param("x.sif", "apptainer exec --nv --bind", id="apptainer"),
-    ],
-)
-def test_containers(image: str, wanted: str, tmp_path: Path) -> None:
-    _, calls, said = run("pretrain", tmp_path, CONTAINER=image, **JOB)
-    assert wanted in calls[0], said
+ODD = {
+    "a number": "20240501",
+    "a list": "[a]/b",
+    "a comment": "a #1",
+    "quotes": """it's 'a' "b" """,
+    "signs": r"a\1&$HOME: {b}, *",
+    "null": "null",
+}
+
+
+@pytest.mark.parametrize("script", ["pretrain", "pipeline"])
+@pytest.mark.parametrize("name", ODD.values(), ids=ODD)
+def test_a_folder_is_read_as_it_is_named(script: str, name: str, tmp_path: Path) -> None:
+    """By every command of the script, as the recipe's overrides are read."""
+    ended, calls, said = run(script, tmp_path, OUTPUT_DIR=name, **JOB)
+    commands = [call for call in calls if " -m largeformer " in call]
+    assert ended == 0 and len(commands) == (1 if script == "pretrain" else 2), said
+    for command in commands:
+        given = "run.output_dir=" + command.partition(" run.output_dir=")[2]
+        assert apply_overrides({}, [given]) == ({"run": {"output_dir": name}}, [])
+
+
+IMAGES = {
+    "pyxis": ("nvcr.io/x:1", "--container-image=nvcr.io/x:1 --container-mounts=MOUNTS "),
+    "apptainer": ("x.sif", "apptainer exec --nv --bind MOUNTS x.sif "),
+}
+
+
+@pytest.mark.parametrize("script", ["pretrain", "pipeline", "array_sweep"])
+@pytest.mark.parametrize(("image", "wanted"), IMAGES.values(), ids=IMAGES)
+def test_a_container_sees_the_output_folder(script: str, image: str, wanted: str, tmp_path: Path) -> None:
+    """Wherever it is: in the folder of the job, elsewhere, and behind a link."""
+    work, away, link = tmp_path / "work", tmp_path / "away", tmp_path / "link"
+    for folder in (work, away):
+        folder.mkdir()
+    link.symlink_to(away)
+    seen = {"out": [work / "out"], str(away / "new"): [away / "new"], f"{link}/": [away, link]}
+    for output, folders in seen.items():
+        more = {"SWEEP": "e/p/s", **TASK} if script == "array_sweep" else JOB
+        _, calls, said = run(script, work, CONTAINER=image, OUTPUT_DIR=output, **more)
+        (work / "calls").unlink()
+        mounts = [f"{work}:{work}", *(f"{folders[0]}:{folder}" for folder in folders)]
+        assert wanted.replace("MOUNTS", ",".join(mounts)) in calls[0], (output, said)
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,5 @@ def test_a_signal_reaches_the_ranks_and_the_job_comes_back(cluster: Cluster, tmp
     assert cluster.job(job)["Restarts"] == "1"
     assert (tmp_path / "job.log").read_text().count("is saved and requeued") == 1
     for number in range(2):
-        told = f"rank {number} of 2 at 0x7f000002: -m largeformer pretrain -c r.yaml run.output_dir={tmp_path}\n"
+        told = f"rank {number} of 2 at 0x7f000002: -m largeformer pretrain -c r.yaml run.output_dir='{tmp_path}'\n"
         assert (tmp_path / "logs" / f"{job}-{number}.log").read_text().count(told) == 2
