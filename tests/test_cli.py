@@ -120,6 +120,28 @@ def test_bad_input_exits_with_2(arguments: list[str], message: str, capfd: pytes
     assert "Traceback" not in err
 
 
+UNFIT = ["run.stages=[prepare, pretrain, distill, {distill: {name: distill-2}}]", "distill.train={global_batch_size: 12}"]
+CHAINS = {
+    "submit": ["submit", "-c", "quickstart", "--nodes", "2", "--stage", "run", "--dry-run", *UNFIT],
+    "dry run": ["run", "-c", "quickstart", "--dry-run", "--world-size", "2", *UNFIT],
+}
+_UNFIT = "train.global_batch_size 12 is not a multiple of train.micro_batch_size 4 x data parallel 2"
+
+
+@pytest.mark.parametrize("arguments", CHAINS.values(), ids=CHAINS)
+def test_a_stage_that_does_not_fit_the_world_is_refused_with_its_run(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Once, and with what else is wrong; the recipe's own stage alone is fine."""
+    assert cli.main(arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: in distill: {_UNFIT}")
+    assert cli.main([*arguments, "train.global_batch_size=12"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {_UNFIT}")
+    assert cli.main([*arguments, "distill.train.global_batch_size=24"]) == 0
+    alone = [{"run": "pretrain"}.get(argument, argument) for argument in arguments]
+    assert cli.main(alone) == 0
+
+
 def test_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     """Five mistakes: five lines on stderr, nothing on stdout, exit code 2."""
     mistakes = ["model.num_layer=1", "run.seed=-1", "optimizer.lr=.nan", "parallel.pipeline_model_parallel_size=3", "train.fp8=true"]

@@ -32,14 +32,20 @@ Nproc = Annotated[int | None, typer.Option("--nproc", min=1, metavar="N", help="
 
 
 def load(
-    config: str, overrides: list[str] | None, dry_run: bool = False, world_size: int | None = None, *, with_deepspeed: bool = True
+    config: str,
+    overrides: list[str] | None,
+    dry_run: bool = False,
+    world_size: int | None = None,
+    *,
+    with_deepspeed: bool = True,
+    all_stages: bool = False,
 ) -> Recipe:
-    """The recipe; under `--dry-run`, print what it comes to and stop."""
+    """The recipe; under `--dry-run`, print what it comes to and stop. `all_stages`: the dry run is of all of `run.stages`."""
     from largeformer.config.load import load_recipe
 
     recipe = load_recipe(config, overrides or [], with_deepspeed=with_deepspeed)
     if dry_run:
-        _print_dry_run(recipe, world_size)
+        _print_dry_run(recipe, world_size, all_stages)
         raise typer.Exit(DONE)
     if world_size is not None:
         raise BadInputError(f"--world-size {world_size} belongs to --dry-run: the launcher sets the world of a real run")
@@ -62,14 +68,14 @@ def load_for(
     return load(str(recorded), [*here, *(overrides or [])], dry_run, world_size, with_deepspeed=dry_run)
 
 
-def _print_dry_run(recipe: Recipe, world_size: int | None) -> None:
-    from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
+def _print_dry_run(recipe: Recipe, world_size: int | None, all_stages: bool) -> None:
+    from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed, resolve_for_run
     from largeformer.config.dry_run import dry_run_report
     from largeformer.parallel.environment import discover
 
     launched = discover(os.environ).world_size
     size = world_size or (launched if launched > 1 else smallest_world(recipe))
-    resolved = resolve_deepspeed(recipe, load_deepspeed(recipe), size)
+    resolved = (resolve_for_run if all_stages else resolve_deepspeed)(recipe, load_deepspeed(recipe), size)
     if speaks_for_all():
         typer.echo(dry_run_report(recipe, resolved, size))
 

@@ -126,7 +126,7 @@ def run_stages(
     config: Config, overrides: Overrides = None, fresh: Fresh = False, dry_run: DryRun = False, world_size: WorldSize = None
 ) -> int:
     """The recipe's stages in turn, skipping those that are done."""
-    recipe = load(config, overrides, dry_run, world_size)
+    recipe = load(config, overrides, dry_run, world_size, all_stages=True)
     from largeformer.stages import pipeline as stage
 
     return exit_code(stage.run(recipe, fresh=fresh))

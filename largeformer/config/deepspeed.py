@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from largeformer.config.chain import TrainedSection, at_stage
 from largeformer.config.checks import world_problems
 from largeformer.config.deepspeed_keys import REFUSED
 from largeformer.config.deepspeed_rules import AUTO, Owned, ZeroConfig, disagreements, key_problems, owned_values, zero_problems
@@ -20,7 +21,7 @@ from largeformer.config.schema import Recipe
 from largeformer.config.size import largest_parameter, layer_parameters, rank_parameters
 from largeformer.errors import BadInputError
 
-__all__ = ["ZeroConfig", "check_world", "deepspeed_problems", "load_deepspeed", "resolve_deepspeed"]
+__all__ = ["ZeroConfig", "check_world", "deepspeed_problems", "load_deepspeed", "resolve_deepspeed", "resolve_for_run"]
 
 _NEVER = 1_000_000_000  # steps between DeepSpeed's own progress lines, which would repeat the tracker's
 _LARGEST_BUCKET = 500_000_000  # elements, DeepSpeed's default
@@ -59,7 +60,7 @@ def resolve_deepspeed(recipe: Recipe, raw: Mapping[str, Any], world_size: int) -
 
     Raises BadInputError with every problem of `raw` beside the recipe and of both on `world_size` ranks.
     """
-    problems = [*deepspeed_problems(recipe, raw), *check_world(recipe, raw, world_size)]
+    problems = _problems(recipe, raw, world_size)
     if problems:
         raise BadInputError(problems)
     values = {owned.key: owned.value for owned in (*owned_values(recipe), _accumulation(recipe, world_size))}
@@ -70,6 +71,23 @@ def resolve_deepspeed(recipe: Recipe, raw: Mapping[str, Any], world_size: int) -
     for key, value in (values | dict(_settings(recipe, ZeroConfig.of(raw)))).items():
         resolved = _filled(resolved, key.split("."), value)
     return _without_auto(resolved)
+
+
+def resolve_for_run(recipe: Recipe, raw: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """`resolve_deepspeed`, for a recipe whose `run.stages` may train otherwise than the recipe itself: what is wrong with them on this
+    world is raised along, so that it is told before the first stage has run. A sentence that several have in common is told once."""
+    told = dict.fromkeys(_problems(recipe, raw, world_size), "")
+    for entry in recipe.run.stages:
+        if isinstance(getattr(recipe, entry.stage, None), TrainedSection):
+            own = _problems(at_stage(recipe, entry), raw, world_size)
+            told |= {problem: f"in {entry.name}: " for problem in own if problem not in told}
+    if told:
+        raise BadInputError([place + problem for problem, place in told.items()])
+    return resolve_deepspeed(recipe, raw, world_size)
+
+
+def _problems(recipe: Recipe, raw: Mapping[str, Any], world_size: int) -> list[str]:
+    return [*deepspeed_problems(recipe, raw), *check_world(recipe, raw, world_size)]
 
 
 def _accumulation(recipe: Recipe, world_size: int) -> Owned:

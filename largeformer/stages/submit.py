@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from largeformer.artifact import write_atomically
-from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed
+from largeformer.config.deepspeed import load_deepspeed, resolve_deepspeed, resolve_for_run
 from largeformer.config.load import recipe_yaml
 from largeformer.config.resources import batch_script
 from largeformer.config.schema import Recipe
@@ -55,7 +55,8 @@ def _check(recipe: Recipe, job: Job, stage: str) -> None:
     if stage not in TEMPLATES:
         problems.append(f"--stage {stage} has no batch script; choose {' or '.join(TEMPLATES)}")
     try:
-        resolve_deepspeed(recipe, load_deepspeed(recipe), job.world_size)
+        resolve = resolve_for_run if stage == "run" else resolve_deepspeed
+        resolve(recipe, load_deepspeed(recipe), job.world_size)
     except BadInputError as error:
         fix = f"--nodes {job.nodes} with {job.ranks_per_node} ranks each"
         problems += [f"{problem} ({fix})" for problem in error.problems]
