@@ -63,7 +63,8 @@ def run(folder: Path, *, as_json: bool = False) -> int:
     console.print(tree)
     status = read_status(folder) or {}
     if status.get("status") in ("failed", "requeue"):
-        console.print(f"{status['status']} in {status.get('stage')}: {status.get('error') or status.get('reason')}", style="yellow")
+        told = f"{status['status']} in {status.get('stage')}: {status.get('error') or status.get('reason')}"
+        console.print(Text(told, style="yellow"))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -37,9 +38,10 @@ def show(plan: Plan) -> None:
     console = Console(highlight=False)
     gpu, recipe = plan.cluster.gpu, plan.recipe
     parameters = model_parameters(recipe.model, recipe.padded_vocab_size)
+    peak = plan.cluster.peak_flops(recipe.train.precision) / 1e12
     console.print(
-        f"[bold]{recipe.run.name}[/]: {_count(parameters)} parameters, {recipe.train.precision}, on {plan.world_size:,} x {gpu.name} "
-        f"({gpu.memory_gib:g} GiB, {plan.cluster.peak_flops(recipe.train.precision) / 1e12:,.4g} TFLOP/s; links {gpu.link_gb_s:g} GB/s in "
+        f"[bold]{escape(recipe.run.name)}[/]: {_count(parameters)} parameters, {recipe.train.precision}, on {plan.world_size:,} x "
+        f"{gpu.name} ({gpu.memory_gib:g} GiB, {peak:,.4g} TFLOP/s; links {gpu.link_gb_s:g} GB/s in "
         f"nodes of {plan.cluster.gpus_per_node}, {gpu.network_gbit_s:g} Gbit/s between)"
     )
     for problem in plan.problems:

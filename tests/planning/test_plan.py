@@ -114,6 +114,12 @@ def test_what_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> N
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["exp[/1]", "[red]", "plain"])
+def test_a_name_is_shown_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "-c", "quickstart", "--gpu", "cpu", f"run.name='{name}'"]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}: ")
+
+
 BAD = {
     "unknown gpu": (["--gpu", "h1000"], "error: plan.gpu (--gpu) h1000 is not known; did you mean h100? there are a100, h100"),
     "world": (["--world-size", "24"], "error: train.global_batch_size 512 is not a multiple"),

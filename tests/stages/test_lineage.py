@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from largeformer.artifact import Artifact
+from largeformer.artifact import Artifact, write_status
 from largeformer.errors import BadInputError
 from largeformer.stages.lineage import nodes, run
 
@@ -54,6 +54,13 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [line.index("pretrain") > line.index("─") for line in told.splitlines() if "pretrain  t" in line] == [True]
     assert run(tmp_path, as_json=True) == 0
     assert {row["name"]: row["parents"] for row in json.loads(capsys.readouterr().out)["artifacts"]}["distill"]["teacher"] == "t"
+
+
+@pytest.mark.parametrize("error", ["KeyError: [/foo]", "[red]", "no room"])
+def test_what_became_of_it_is_told_as_it_is(tmp_path: Path, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_status(made(tmp_path / "exp[/1]"), "failed", stage="distill", error=error)
+    assert run(tmp_path / "exp[/1]") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"failed in distill: {error}"
 
 
 @pytest.mark.parametrize("there", [pytest.param(False, id="no folder"), pytest.param(True, id="nothing finished")])
