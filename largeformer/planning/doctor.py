@@ -172,7 +172,7 @@ def disk(folder: Path, needed: int) -> Iterator[Finding]:
     free = shutil.disk_usage(there).free
     told = f"{free / GIB:.1f} GiB free in {there}"
     if free < needed:
-        remedy = "free some, set run.output_dir elsewhere, or keep fewer (checkpoint.keep_last)"
+        remedy = "free some, set run.output_dir elsewhere, or keep fewer (checkpoint.keep_last, keep_best, keep_every)"
         yield Finding("disk", "error", f"{told}; the checkpoints take up to {needed / GIB:.1f} GiB", remedy)
     elif free < LITTLE_DISK:
         yield Finding("disk", "warning", told, "free some, or set run.output_dir elsewhere")

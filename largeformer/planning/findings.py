@@ -10,6 +10,7 @@ from typing import Any, Literal
 from largeformer.config.deepspeed import ZeroConfig
 from largeformer.config.schema import Recipe
 from largeformer.config.size import model_parameters
+from largeformer.planning.stored import checkpoint_bytes, kept_checkpoints
 
 Level = Literal["ok", "warning", "error"]
 
@@ -40,18 +41,17 @@ class Needs:
     @classmethod
     def of(cls, recipe: Recipe, deepspeed: Mapping[str, Any]) -> Needs:
         zero = ZeroConfig.of(deepspeed)
-        optimizer, precision = recipe.optimizer, recipe.train.precision
+        optimizer = recipe.optimizer
         adam = optimizer.type != "sgd"
         offloaded = zero.offload_optimizer != "none"
-        per_parameter = (4 if precision == "fp32" else 2 + 4) + (8 if adam else 4)  # weights, fp32 masters, moments
         parameters = model_parameters(recipe.model, recipe.padded_vocab_size)
         return cls(
-            precision=precision,
+            precision=recipe.train.precision,
             compiled_adam=adam and (optimizer.backend.startswith("deepspeed") or (offloaded and optimizer.backend == "auto")),
             compiled_layers=recipe.train.compile,
             nvme="nvme" in (zero.offload_optimizer, zero.offload_param),
             wandb_online=recipe.tracking.wandb.mode == "online",
             # One more than is kept: the new checkpoint is complete before the oldest goes.
-            disk_bytes=per_parameter * parameters * (recipe.checkpoint.keep_last + 1),
+            disk_bytes=checkpoint_bytes(recipe) * parameters * (kept_checkpoints(recipe) + 1),
             output_dir=Path(recipe.run.output_dir),
         )

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from largeformer.config.plan import PlanConfig
 from largeformer.config.schema import Recipe
 from largeformer.models.flops import parameter_count
+from largeformer.planning.stored import checkpoint_bytes, kept_checkpoints
 
 _GB = 1e9
-_MASTER_AND_MOMENTS = 12  # bytes a parameter in a checkpoint, beside the weights
 
 
 @dataclass(frozen=True)
 class Bill:
-    """cost is None where no price of a GPU hour is given."""
+    """stored_gb: of all checkpoints that are kept. cost is None where no price of a GPU hour is given."""
 
     tokens: float
     steps: float
@@ -25,6 +25,7 @@ class Bill:
     gpu_hours: float
     energy_kwh: float
     checkpoint_gb: float
+    stored_gb: float
     gpu_cost: float | None
     energy_cost: float
     storage_cost: float
@@ -41,14 +42,16 @@ def bill(recipe: Recipe, plan: PlanConfig, *, world_size: int, tokens: float, to
     days = seconds / 86_400
     gpu_hours = seconds / 3600 * world_size
     energy = gpu_hours * watts / 1000 * plan.power_usage_effectiveness
-    stored = checkpoint_gb(recipe) * recipe.checkpoint.keep_last
+    one = checkpoint_gb(recipe)
+    stored = one * kept_checkpoints(recipe)
     return Bill(
         tokens=tokens,
         steps=tokens / (recipe.train.global_batch_size * recipe.model.seq_length),
         days=days,
         gpu_hours=gpu_hours,
         energy_kwh=energy,
-        checkpoint_gb=checkpoint_gb(recipe),
+        checkpoint_gb=one,
+        stored_gb=stored,
         gpu_cost=None if plan.price_per_gpu_hour is None else gpu_hours * plan.price_per_gpu_hour,
         energy_cost=energy * plan.price_per_kwh,
         storage_cost=stored * plan.price_per_storage_gb_month * days / 30,
@@ -57,8 +60,7 @@ def bill(recipe: Recipe, plan: PlanConfig, *, world_size: int, tokens: float, to
 
 def checkpoint_gb(recipe: Recipe) -> float:
     """Weights, float32 masters and moments of one checkpoint."""
-    width = 4 if recipe.train.precision == "fp32" else 2
-    return parameter_count(recipe.model, recipe.tokenizer.vocab_size) * (width + _MASTER_AND_MOMENTS) / _GB
+    return parameter_count(recipe.model, recipe.tokenizer.vocab_size) * checkpoint_bytes(recipe) / _GB
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ class BusinessCase:
         return self.saved_training_per_month + self.saved_deployment_per_month
 
 
-def business_case(plan: PlanConfig, made: Bill, keep_last: int) -> BusinessCase:
+def business_case(plan: PlanConfig, made: Bill) -> BusinessCase:
     """Costs of the run and of keeping its result, against what it saves a month. Needs `plan.price_per_gpu_hour`."""
     assert plan.price_per_gpu_hour is not None, "the stage asks for it"
     given = plan.business
-    stored = given.storage_gb if given.storage_gb is not None else made.checkpoint_gb * keep_last
+    stored = given.storage_gb if given.storage_gb is not None else made.stored_gb
     storage = plan.price_per_storage_gb_month * given.storage_months
     lines = tuple(
         (what, quantity, unit, price, quantity * price)

@@ -61,7 +61,7 @@ def make(
     found = search(recipe, world, cluster, ZeroConfig.of(raw).overlap_comm) if search_layouts else None
     chosen = found.best[0] if found and found.best else prediction
     made = _bill(recipe, world, amount, chosen, cluster) if chosen else None
-    case = business_case(recipe.plan, made, recipe.checkpoint.keep_last) if business and made else None
+    case = business_case(recipe.plan, made) if business and made else None
     return Plan(recipe, cluster, world, amount, prediction, problems, found, made, case)
 
 

@@ -65,7 +65,11 @@ def test_checkpoint_bytes_by_hand() -> None:
     tiny = [f"model.{value}" for value in shape] + ["tokenizer.vocab_size=128", "checkpoint.keep_last=2"]
     assert needs_of(*tiny, "train.precision=bf16").disk_bytes == 1196 * (2 + 4 + 8) * 3
     assert needs_of(*tiny, "train.precision=fp32").disk_bytes == 1196 * (4 + 8) * 3
-    assert needs_of(*tiny, "train.precision=fp32", "optimizer.type=sgd").disk_bytes == 1196 * (4 + 4) * 3
+    sgd = ["train.precision=fp32", "optimizer.type=sgd"]
+    assert needs_of(*tiny, *sgd, "optimizer.momentum=0.9").disk_bytes == 1196 * (4 + 4) * 3
+    assert needs_of(*tiny, *sgd, "optimizer.momentum=0").disk_bytes == 1196 * 4 * 3
+    kept = ["checkpoint.save_interval=10", "checkpoint.keep_best=2", "checkpoint.keep_every=25", "train.train_iters=100"]
+    assert needs_of(*tiny, "train.precision=fp32", "train.eval_interval=10", *kept).disk_bytes == 1196 * (4 + 8) * (2 + 2 + 2 + 1)
 
 
 def test_installed_packages_serve() -> None:

@@ -180,6 +180,27 @@ def test_bill_by_hand() -> None:
     assert made.steps == pytest.approx(3.6e9 / 512 / 8192)
 
 
+STORED: dict[str, tuple[list[str], int, int]] = {
+    "Adam, bf16": ([], 2 + 4 + 8, 3),
+    "Adam, fp32": (["train.precision=fp32"], 4 + 8, 3),
+    "SGD with momentum": (["optimizer.type=sgd", "optimizer.momentum=0.9"], 2 + 4 + 4, 3),
+    "SGD without": (["optimizer.type=sgd", "optimizer.momentum=0"], 2 + 4, 3),
+    "the best": (["checkpoint.keep_best=2", "checkpoint.save_interval=50", "train.eval_interval=50"], 14, 3 + 2),
+    "every so many steps": (["checkpoint.keep_every=100", "checkpoint.save_interval=50"], 14, 3 + 10),
+    "only those that are saved": (["checkpoint.keep_every=100", "checkpoint.save_interval=250"], 14, 3 + 2),
+    "none is saved on the way": (["checkpoint.keep_every=100", "checkpoint.save_interval=null"], 14, 3),
+}
+
+
+@pytest.mark.parametrize(("overrides", "width", "kept"), STORED.values(), ids=STORED)
+def test_what_is_stored_by_hand(overrides: list[str], width: int, kept: int) -> None:
+    recipe = load_recipe("llama-8b", ["train.train_iters=1000", "optimizer.lr_warmup_iters=10", "plan.price_per_gpu_hour=2", *overrides])
+    made = bill(recipe, recipe.plan, world_size=16, tokens=3.6e9, tokens_per_s=1e6, watts=700.0)
+    assert made.checkpoint_gb == pytest.approx(8.030261248 * width)
+    assert made.storage_cost == pytest.approx(kept * made.checkpoint_gb * recipe.plan.price_per_storage_gb_month / 24 / 30)
+    assert business_case(recipe.plan, made).lines[2][1] == pytest.approx(kept * made.checkpoint_gb)
+
+
 def business(**changes: float) -> Any:
     recipe = load_recipe(
         "llama-8b",
@@ -190,7 +211,7 @@ def business(**changes: float) -> Any:
             *(f"plan.business.{key}={value}" for key, value in changes.items()),
         ],
     )
-    return business_case(recipe.plan, some_bill(), keep_last=3)
+    return business_case(recipe.plan, some_bill())
 
 
 def test_business_case_by_hand() -> None:
