@@ -44,19 +44,26 @@ def run(folders: Sequence[Path], *, online: bool = False, again: bool = False, d
     options = ["--include-synced", *(["--include-online"] if online else [])]
     command = [sys.executable, "-m", "wandb", "sync", *options, *(str(path.resolve()) for path in waiting)]
     # It makes a folder for its own logs where it runs.
-    code = subprocess.run(command, check=False, cwd=waiting[0].parent.parent).returncode
+    code = subprocess.run(command, check=False, cwd=waiting[0].absolute().parent.parent).returncode
     left = [path for path in waiting if not is_sent(path)]
     print(f"{len(waiting) - len(left)} of {len(waiting)} sent" + (f"; not sent: {', '.join(map(str, left))}" if left else ""))
     return 1 if code or left else 0
 
 
 def recorded_runs(folder: Path, online: bool = False) -> list[Path]:
-    """The folders `offline-run-<time>-<id>` at or under `folder`, in the order of their begin; with `online` also `run-<time>-<id>`."""
+    """The folders `offline-run-<time>-<id>` at or under `folder`, in the order of their begin; with `online` also `run-<time>-<id>`.
+    A run of ours may be named so too: a recording holds a file of W&B's, or the mark of one that was sent."""
     kinds = ("offline-run-", "run-") if online else ("offline-run-",)
-    if folder.name.startswith(kinds) and folder.is_dir():
-        return [folder]
-    here = [path for kind in kinds for place in ("", "wandb/", "*/wandb/") for path in folder.glob(f"{place}{kind}*") if path.is_dir()]
+    if folder.absolute().name.startswith(kinds) and _is_recording(folder):
+        return [folder.absolute()]
+    here = [
+        path for kind in kinds for place in ("", "wandb/", "*/wandb/") for path in folder.glob(f"{place}{kind}*") if _is_recording(path)
+    ]
     return sorted(here, key=lambda path: path.name.removeprefix("offline-"))
+
+
+def _is_recording(folder: Path) -> bool:
+    return any(path.is_file() for ending in ("", ".synced") for path in folder.glob(f"*.wandb{ending}"))
 
 
 def is_sent(run_folder: Path) -> bool:
@@ -80,5 +87,5 @@ def _note(run_folder: Path) -> None:
     """How far the run was logged, for a process that goes on with it where this folder is gone."""
     from largeformer.tracking.wandb_file import note, recorded
 
-    stage, run_id = run_folder.parent.parent, run_folder.name.rpartition("-")[2]
+    stage, run_id = run_folder.absolute().parent.parent, run_folder.name.rpartition("-")[2]
     note(stage, run_id, *recorded(stage, run_id))

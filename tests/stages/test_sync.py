@@ -99,10 +99,31 @@ def test_a_run_whose_sent_files_were_removed_goes_on_where_it_was(tmp_path: Path
     assert [row["step"] for row in sent.rows()] == list(range(1, 10))
 
 
+def recorded(folder: Path) -> Path:
+    """As a process leaves it that was killed long ago."""
+    file = folder / f"run-{folder.name[-1]}.wandb"
+    folder.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (1.0e9, 1.0e9))
+    return folder
+
+
+OUTPUTS = {"online": ("run-1", True), "offline": ("offline-run-1", True), "offline alone": ("offline-run-1", False)}
+
+
+@pytest.mark.parametrize(("name", "online"), OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_folder_may_be_named_like_a_recording(tmp_path: Path, name: str, online: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recorded(tmp_path / name / "pretrain" / "wandb" / "offline-run-20260101_000000-a")
+    assert recorded_runs(tmp_path / name, online) == [run]
+    assert recorded_runs(tmp_path, online) == []
+    monkeypatch.chdir(run)
+    assert recorded_runs(Path(), online) == [run]
+
+
 def test_what_is_to_be_sent_is_found_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("pretrain/wandb/offline-run-20260102_000000-b", "distill/wandb/offline-run-20260101_000000-a"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "pretrain" / "wandb" / "run-20260103_000000-c").mkdir()
+        recorded(tmp_path / name)
+    recorded(tmp_path / "pretrain" / "wandb" / "run-20260103_000000-c")
     later, earlier = tmp_path / "pretrain", tmp_path / "distill"
     assert [path.name[-1] for path in recorded_runs(tmp_path)] == ["a", "b"]
     assert [path.name[-1] for path in recorded_runs(later)] == [path.name[-1] for path in recorded_runs(later / "wandb")] == ["b"]
@@ -122,7 +143,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "wandb" / "offline-run-20260101_000000-a").mkdir(parents=True)
+    recorded(tmp_path / "wandb" / "offline-run-20260101_000000-a")
     assert cli.main(["sync", str(tmp_path)]) == 2
     assert "there is no key for" in capsys.readouterr().err
 
