@@ -128,7 +128,7 @@ def stages_with_checkpoints(source: Path) -> list[list[Path]]:
     Raises BadInputError where there is none.
     """
     if is_checkpoint(source):
-        return [[source]]
+        return [[source if _NAME.fullmatch(source.name) else source.absolute()]]
     own = committed(source) or committed(source / "checkpoints")
     stages = [] if own else [folder for folder in sorted(source.glob("*/checkpoints")) if not is_set_aside(folder.parent)]
     found = [checkpoints[::-1] for checkpoints in (own, *map(committed, stages)) if checkpoints]
@@ -140,11 +140,12 @@ def stages_with_checkpoints(source: Path) -> list[list[Path]]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return _NAME.fullmatch(path.name) is not None and path.is_dir()
+    """By the name of its folder, also where that is named as `.`, from inside."""
+    return _NAME.fullmatch(path.absolute().name) is not None and path.is_dir()
 
 
 def step_of(checkpoint: Path) -> int:
-    match = _NAME.fullmatch(checkpoint.name)
+    match = _NAME.fullmatch(checkpoint.absolute().name)
     assert match is not None, f"{checkpoint} is not named as a checkpoint"
     return int(match[1])
 

@@ -34,6 +34,14 @@ def steps(folder: Path) -> list[int]:
     return [step_of(path) for path in committed(folder)]
 
 
+def test_a_checkpoint_that_is_named_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(tmp_path / "checkpoints", 7)
+    monkeypatch.chdir(checkpoint)
+    assert candidates(Path()) == [checkpoint] and step_of(Path()) == 7
+    monkeypatch.chdir(tmp_path)
+    assert candidates(Path("checkpoints", checkpoint.name)) == [Path("checkpoints", checkpoint.name)]
+
+
 def save_together(ranks: RankContext, folder: Path, step: int) -> str:
     temporary = begin(folder, step)
     return commit(temporary, write_part(temporary, ranks.rank, step)).name

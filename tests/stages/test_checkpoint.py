@@ -130,6 +130,11 @@ def test_list_of_what_was_not_trained_here(tmp_path: Path, capfd: pytest.Capture
     assert printed(capfd, "list", str(tmp_path)).splitlines()[1].split()[-2:] == ["-", "complete"]
 
 
+def test_verify_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(untrained(tmp_path))
+    assert printed(capfd, "verify", ".") == "import/step_00000000: valid\n"
+
+
 def test_a_name_with_brackets_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In the table, whole where nothing says how wide it may be, and where another checkpoint is used instead."""
     folder = tmp_path / ("deep" * 40) / "exp[/1]"

@@ -49,6 +49,8 @@ def collect(folder: Path) -> Run:
     """The run at `folder`: an output folder with stages in it, or one stage's folder. Raises BadInputError where it is neither."""
     if not folder.is_dir():
         raise BadInputError(f"{folder}: there is no such folder; name a run's output folder, such as runs/quickstart")
+    if folder.name in ("", ".."):  # a stage is known by the name of its folder
+        folder = folder.resolve()
     stage_folders = [folder] if _is_stage(folder) else sorted(filter(_is_stage, folder.iterdir()))
     if not stage_folders:
         raise BadInputError(f"{folder} holds neither metrics.jsonl nor a stage that does; name a run's output folder")

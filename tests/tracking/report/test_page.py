@@ -23,6 +23,15 @@ def data_of(page: str) -> dict[str, Any]:
     return json.loads(found.group(1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(("inside", "named"), [("pretrain", "."), ("pretrain/checkpoints", "..")], ids=["within it", "below it"])
+def test_a_stage_that_is_named_from_inside(inside: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", 10)
+    (run / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(run / inside)
+    found = collect(Path(named))
+    assert [stage.name for stage in found.stages] == ["pretrain"] and found.status["status"] == "finished"
+
+
 def test_curves_events_samples_and_lineage(tmp_path: Path) -> None:
     data = data_of(render([collect(write_run(tmp_path / "run", 100, changes={30: {"loss": float("nan")}}))]))
     (curve,) = data["curves"]
