@@ -91,8 +91,11 @@ def convert(source: Path, output: Path, masters: bool, max_shard_gib: float) -> 
     path = _valid(source, below="" if masters else "weights/")
     wanted = _wanted(_parts(path), masters)
     temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise BadInputError(f"--output {output} cannot be made ({error.strerror}): name a folder that may be written to") from None
     try:
         count = _write_shards(temporary, wanted, max_shard_gib * GIB)
         for text in ("config.yaml", "state.json"):

@@ -67,8 +67,11 @@ def run(source: Path, output: Path, overrides: Sequence[str] = (), *, fresh: boo
     if holds_results(folder) and not fresh:
         raise BadInputError(f"{folder} is not empty: choose another --output, or pass --fresh to set it aside")
     weights = _open(source)
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+    except OSError as error:
+        raise BadInputError(f"--output {output} cannot be made ({error.strerror}): name a folder that may be written to") from None
     try:
         recipe = _recipe(held, weights, source, folder, made, overrides)
         with reporting(recipe, STAGE):
@@ -163,6 +166,10 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     draft = made / "config.yaml"
     write_atomically(draft, to_yaml(tree).encode())
     recipe = load_recipe(str(draft), list(overrides), with_deepspeed=False)
+    if Path(recipe.run.output_dir).absolute() != folder.parent.absolute():
+        raise BadInputError(
+            f"run.output_dir {recipe.run.output_dir} is another folder than --output {folder.parent}, where the run will be: leave it out"
+        )
     same = recipe.model.model_copy(update={"seq_length": model.seq_length, "attention_backend": model.attention_backend})
     if same != model or (recipe.model.seq_length != model.seq_length and model.position_embedding == "learned"):
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")

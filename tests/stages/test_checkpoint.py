@@ -206,6 +206,16 @@ def test_convert_does_not_overwrite(run: Path, capfd: pytest.CaptureFixture[str]
     assert "holds no checkpoint" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["file/whole", "/proc/whole"])
+def test_convert_to_where_nothing_can_be_made(
+    place: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert cli.main(["checkpoint", "convert", str(run), "-o", place]) == 2
+    assert f"error: --output {place} cannot be made" in capfd.readouterr().err
+
+
 FILES = ["weights/rank_00000.safetensors", "optimizer/rank_00000.safetensors", "random/rank_00000.safetensors", "state.json", "config.yaml"]
 
 
