@@ -247,4 +247,5 @@ class Recipe(Section):
             **tokenizer_and_data,
             "model": self.model.model_dump(mode="json", exclude={"attention_backend"}),
             **training,
+            **({"load": self.checkpoint.load} if self.checkpoint.load is not None else {}),
         }

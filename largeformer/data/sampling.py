@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from largeformer.errors import BadInputError
+
 _BLOCK = 4096
 
 
@@ -207,6 +209,12 @@ class LossWeighted:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises BadInputError where it is of another number of groups."""
+        if len(state["drawn"]) != len(self._weights):
+            raise BadInputError(
+                f"the checkpoint drew from {len(state['drawn'])} sources by their losses, and data.sources has {len(self._weights)} now: "
+                "give it the same sources, or another data.sampling.type"
+            )
         self._done = self._planned = state["steps"]
         self._moment = _Moment(state["places"], tuple(state["drawn"]))
         self._ahead.clear()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -106,7 +105,7 @@ def build_splits(
         "files": [_fingerprint(path) for path, _ in prefixes],
         "weights": [weight for _, weight in prefixes],
         "config": [seed, seq_length, data.splits, tokenizer.unique_identifiers, list(samples), data.sampling.model_dump(mode="json")],
-        "blend cached": dist.is_initialized(),
+        "blend": {"size": "count", "cached": dist.is_initialized()},
     }
     return _build_once(build, cache_dir / identity_hash(key))
 
@@ -179,8 +178,8 @@ def _blend(parts: _Blendable | None, count: int, config: GPTDatasetConfig) -> Sa
         return parts.windows[0]
     if not dist.is_initialized():
         config = replace(config, path_to_cache=None)  # Megatron-core's blend asks for its rank before it writes.
-    size = sum(math.ceil(count * share) for share in parts.shares)
-    return BlendedDataset(parts.windows, parts.shares, size, config)  # type: ignore[no-any-return]
+    # No more than `count`, which no source can be asked to exceed: each has as many samples.
+    return BlendedDataset(parts.windows, parts.shares, count, config)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from largeformer.data.sampling import (
     competence,
     temperature_shares,
 )
+from largeformer.errors import BadInputError
 
 SIZE = 50
 DIFFICULTY = np.random.default_rng(8).random(SIZE)
@@ -154,6 +155,12 @@ def weighted(interval: int = 10, **options: float) -> LossWeighted:
 
 
 LOSSES = np.array([4.0, 1.0, 2.0])
+
+
+def test_losses_of_other_sources_are_refused() -> None:
+    order = LossWeighted([1.0, 1.0], (7,), power=1.0, interval=2, decay=0.9, floor=0.1)
+    with pytest.raises(BadInputError, match="drew from 3 sources by their losses"):
+        order.load_state_dict(weighted(2).state_dict())
 
 
 def test_groups_are_drawn_in_their_shares() -> None:

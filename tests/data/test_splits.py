@@ -154,6 +154,20 @@ def test_one_epoch_reads_every_token_of_the_split_once(sources, tmp_path: Path) 
     assert (read <= there).all() and there.sum() - read.sum() <= SEQ
 
 
+@pytest.mark.parametrize(
+    ("weights", "count"),
+    [([1.0, 0.001, 0.001], 80), ([1.0, 0.01, 0.01], 10), ([0.98, 0.01, 0.005, 0.005], 40), ([1.0] + [0.001] * 10, 320)],
+    ids=["two tiny", "two small", "three small", "ten tiny"],
+)
+def test_sources_of_tiny_weights_leave_the_others_enough(tmp_path: Path, weights: list[float], count: int) -> None:
+    sources = [(write_source(tmp_path / f"{i}-a", 30, i), weight) for i, weight in enumerate(weights)]
+    built = build_splits(data_of("80,10,10", *[None] * len(weights)), SEQ, TOKENIZER, sources, (count, count, 0), 1, tmp_path / "cache")
+    for samples in (built.train, built.valid):
+        assert samples is not None and len(samples) == count
+        drawn = np.bincount([int(samples[i]["dataset_id"]) for i in range(count)], minlength=len(weights))
+        assert drawn.sum() == count and np.abs(drawn - count * np.array(weights) / sum(weights))[1:].max() <= 1
+
+
 def test_the_blend_keeps_its_weights(sources, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     train = build_splits(data_of("1,0,0", None, None), SEQ, TOKENIZER, sources, (400, 0, 0), 1, tmp_path).train
     assert train is not None

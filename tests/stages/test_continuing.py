@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,19 @@ import yaml
 
 from largeformer import cli
 from largeformer.artifact import Artifact
+from largeformer.config.schema import Recipe
 from largeformer.stages.common import interruptions
+from largeformer.stages.common.claim import claim
 from largeformer.training.checkpointing import Progress
-from largeformer.training.rewind import read_rewinds
+from largeformer.training.rewind import Rewind, read_rewinds, write_rewinds
 from tests.recipes import TINY
 
 AT_ONCE = {"patience": 1, "min_delta": 1000.0}  # the second validation improves on nothing
 
 
-def pretrain(run: Path, steps: int, load: Path | None = None, model: dict[str, Any] | None = None, **train: Any) -> int:
+def pretrain(
+    run: Path, steps: int, load: Path | None = None, model: dict[str, Any] | None = None, fresh: bool = False, **train: Any
+) -> int:
     tree = {
         **TINY,
         "model": {**TINY["model"], **(model or {})},
@@ -32,7 +37,7 @@ def pretrain(run: Path, steps: int, load: Path | None = None, model: dict[str, A
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree))
-    return cli.main(["pretrain", "-c", str(path)])
+    return cli.main(["pretrain", "-c", str(path), *(["--fresh"] if fresh else [])])
 
 
 def state(run: Path, step: int) -> dict[str, Any]:
@@ -59,6 +64,53 @@ def test_another_run_goes_on_under_a_record_and_with_a_patience_of_its_own(stopp
     first, second = state(stopped_early, 2), state(tmp_path / "second", 4)
     assert first["wandb_run_id"] and second["wandb_run_id"] and first["wandb_run_id"] != second["wandb_run_id"]
     assert second["progress"]["samples"] == 16 and second["optimizer"]["steps"] == 4
+
+
+def test_a_run_belongs_to_what_it_went_on_from(stopped_early: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = tmp_path / "source", tmp_path / "second"
+    shutil.copytree(stopped_early, source)
+    assert pretrain(second, 4, source) == 0
+    made = Artifact.read(second / "pretrain")
+    assert made is not None and made.parents["pretrain"] == (Artifact.read(source / "pretrain") or made).identity
+    assert pretrain(second, 4, stopped_early) == 2 and f"load was {source}, is {stopped_early}" in capsys.readouterr().err
+    assert pretrain(second, 4, source) == 0 and last_step(second) == 4
+
+    manifest = source / "pretrain" / "manifest.json"  # another model takes its place, as a second import would
+    manifest.write_text(manifest.read_text().replace(made.parents["pretrain"], "2222"))
+    assert pretrain(second, 4, source) == 2
+    assert "went on from another pretrain" in (told := capsys.readouterr().err) and "(2222)" in told
+    assert Artifact.read(second / "pretrain") == made
+    assert pretrain(second, 4, source, fresh=True) == 0
+    assert (second / "pretrain.old-1" / "manifest.json").exists() and last_step(second) == 4
+    shutil.rmtree(source)
+    assert pretrain(second, 4, source) == 0, "what has finished needs it no more"
+
+
+def test_another_runs_spikes_are_its_own(stopped_early: Path, tmp_path: Path) -> None:
+    assert pretrain(tmp_path / "second", 5, stopped_early) == 0
+    window = [len(state(run, step)["extra"]["guards"]["spikes"]["losses"]) for run, step in ((stopped_early, 2), (tmp_path / "second", 5))]
+    assert window == [2, 3]
+
+
+def test_a_checkpoint_that_read_more_than_this_recipes_batches_is_refused(
+    stopped_early: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of four samples each, taken for two steps of two."""
+    assert pretrain(tmp_path / "smaller", 6, stopped_early, global_batch_size=2) == 2
+    assert "has read 8 samples, more than 2 steps of this recipe's batches" in capsys.readouterr().err
+    assert pretrain(tmp_path / "larger", 3, stopped_early, global_batch_size=8) == 0
+
+
+def test_what_another_recipe_left_out_is_not_left_out(tmp_path: Path) -> None:
+    """Of a training that ended before it had saved anything: the same recipe still leaves it out."""
+    folder, recipe = tmp_path / "pretrain", Recipe.model_validate(TINY)
+    other = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 7})})
+    claim(folder, recipe, "pretrain", fresh=False)
+    write_rewinds(folder, [Rewind(1, 2, 0, 8, 9.0, 30.0)])
+    claim(folder, recipe, "pretrain", fresh=False)
+    assert len(read_rewinds(folder)) == 1
+    claim(folder, other, "pretrain", fresh=False)
+    assert read_rewinds(folder) == []
 
 
 def test_what_had_stopped_early_trains_no_further(stopped_early: Path) -> None:

@@ -231,7 +231,9 @@ def test_a_rank_that_hangs_with_the_interpreter_locked_is_ended_too(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [f"{SAVE} 1", f"{FORWARD} 1"], ids=["saving", "compiling"])
+@pytest.mark.parametrize(
+    "where", [f"{SAVE} 1", f"{FORWARD} 1", "largeformer.stages.common.training plan_errors 1"], ids=["saving", "compiling", "figures"]
+)
 def test_the_watchdog_is_patient_where_work_takes_long(tmp_path: Path, where: str) -> None:
     """A phase six times as long as the watchdog's limit, on one rank. (Of a validation each batch is progress.)"""
     path = recipe(tmp_path, guards={"watchdog_timeout_s": 1.0}, train={"eval_interval": 2, "eval_iters": 2, "train_iters": 3})

@@ -29,8 +29,17 @@ def claim(folder: Path, recipe: Recipe, stage: str, fresh: bool) -> None:
         if not fresh:
             raise belongs_to_another(folder, there, wanted)
         set_aside(folder)
+    if identity_in(folder, stage) != wanted:
+        forget_rewinds(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, recipe_yaml(recipe).encode())
+
+
+def forget_rewinds(folder: Path) -> None:
+    """Samples that another recipe left out of a training that saved nothing: they are not this one's."""
+    from largeformer.training.rewind import FILE
+
+    (folder / FILE).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path) -> None:

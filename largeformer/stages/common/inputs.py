@@ -17,7 +17,7 @@ from largeformer.config.chain import StageEntry, TrainedSection, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
-from largeformer.stages.common.claim import CONFIG, belongs_to_another, holds_results, set_aside
+from largeformer.stages.common.claim import CONFIG, belongs_to_another, forget_rewinds, holds_results, set_aside
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
 ORIGIN = "origin.json"
@@ -123,6 +123,8 @@ def take(given: Input, origin: Mapping[str, Any]) -> None:
         if held == dict(origin):
             print(f"the checkpoint in {folder} is damaged: the folder is set aside, and made anew", flush=True)
         set_aside(folder)
+    if _written(folder) != dict(origin):
+        forget_rewinds(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ORIGIN, (json.dumps(origin, indent=2) + "\n").encode())
     write_atomically(folder / CONFIG, recipe_yaml(given.recipe).encode())
@@ -149,8 +151,10 @@ def _damaged(folder: Path) -> bool:
 
 def _origin_in(folder: Path) -> dict[str, Any] | None:
     """Whose the results in `folder` are: empty where it cannot be told, None where there are none."""
-    if not holds_results(folder):
-        return None
+    return _written(folder) if holds_results(folder) else None
+
+
+def _written(folder: Path) -> dict[str, Any]:
     try:
         held = json.loads((folder / ORIGIN).read_text())
     except (OSError, ValueError):

@@ -158,8 +158,9 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
     job.alter(chunks, shards)
     engine = build_engine(recipe, chunks, [*shards, *further], world.groups, world.deepspeed)
     state = load_training_state(checkpoint, engine, recipe.run.seed) if checkpoint is not None else TrainingState(Progress())
-    if found is not None and found is job.continues:  # another run's: its record and its patience are its own
-        state = replace(state, wandb_run_id=None, early_stopping={})
+    if found is not None and found is job.continues:  # another run's: its record, its patience and its spikes are its own
+        extra = {name: kept for name, kept in state.extra.items() if name != "guards"}
+        state = replace(state, wandb_run_id=None, early_stopping={}, extra=extra)
     state = replace(state, wandb_run_id=state.wandb_run_id or wandb_run_id)
     text = prepared_data.CutBy(job.prepared, job.folder)
     state.restore({"text": text})
@@ -261,6 +262,8 @@ def _finish(world: World, job: TrainingJob, training: Training, outcome: Outcome
     total = training.validate()
     if not math.isfinite(total.loss):
         raise StageFailed([f"the validation loss after the last step is {total.loss}: the training diverged; lower optimizer.lr"])
+    with training.guards.watchdog.suspended("the figures of the stage"):
+        figures = {**job.measure(training), **world.from_main(lambda: plan_errors(job.folder / "metrics.jsonl"))}
     artifact = Artifact(
         kind=job.kind,
         path=job.folder,
@@ -273,8 +276,7 @@ def _finish(world: World, job: TrainingJob, training: Training, outcome: Outcome
             "val_loss": total.loss,
             **prepared_data.tokenizer_of(job.prepared),
             "val_bits_per_byte": total.bits_per_byte,
-            **job.measure(training),
-            **world.from_main(lambda: plan_errors(job.folder / "metrics.jsonl")),
+            **figures,
         },
         versions=library_versions(LIBRARIES),
     )
