@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from largeformer.errors import BadInputError
+from largeformer.stages.common.tables import table_console
 
 if TYPE_CHECKING:
     from largeformer.checkpoint.format import Place, Tensors
 
 GIB = 2**30
-_WIDE = 200  # where no terminal says how wide it is
 
 
 def show_list(source: Path, as_json: bool) -> int:
@@ -36,10 +36,7 @@ def show_list(source: Path, as_json: bool) -> int:
         loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         state = "complete" if not row["problems"] else f"damaged: {row['problems'][0]}"
         table.add_row(Text(row["stage"]), f"{row['step']:,}", *number, loss, _size(row["bytes"]), row["layout"] or "-", Text(state))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDE)
-    console.print(table)
+    table_console().print(table)
     return 0
 
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from largeformer.artifact import Artifact, is_set_aside, read_status
 from largeformer.errors import BadInputError
+from largeformer.stages.common.tables import table_console
 
-_WIDE = 200  # where no terminal says how wide it is
 _SHOWN = {
     "outcome": "{}",
     "parameters": "{:,} parameters",
@@ -57,9 +56,7 @@ def run(folder: Path, *, as_json: bool = False) -> int:
     drawn: dict[str, Tree] = {}
     for node in found:
         drawn[node.name] = drawn.get(node.below or "", tree).add(_label(node))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDE)
+    console = table_console()
     console.print(tree)
     status = read_status(folder) or {}
     if status.get("status") in ("failed", "requeue"):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
@@ -29,6 +28,7 @@ from largeformer.data.reading.corpus import Source
 from largeformer.data.tokenization.tokenizer import Tokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages.common.claim import CONFIG
+from largeformer.stages.common.tables import table_console
 
 REPORT = "report.html"
 
@@ -153,9 +153,7 @@ def _reasons(counts: dict[str, int]) -> str:
 
 def table(statistics: Statistics, metrics: dict[str, Any], folder: Path) -> None:
     """Print what came of each source, and of all."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = table_console()
     shown = Table(title=escape(str(folder)), title_justify="left")
     shown.add_column("source", overflow="fold")
     for name in ("documents", "dropped", "quarantined", "tokens", "text", "tokens/byte", "unknown"):
