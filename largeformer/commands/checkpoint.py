@@ -46,7 +46,7 @@ def convert(
         Literal["model", "fp32"], typer.Option("--weights", help="In the model's dtype, or the float32 masters of the optimizer.")
     ] = "model",
     max_shard_gib: Annotated[
-        float, typer.Option("--max-shard-gib", min=0.0001, metavar="N", help="Size at which a new file begins.")
+        float, typer.Option("--max-shard-gib", min=0.0001, max=1e6, metavar="N", help="Size at which a new file begins.")
     ] = 5.0,
 ) -> int:
     """Write whole tensors under their global names: a consolidated safetensors folder, with an index where there are several files."""

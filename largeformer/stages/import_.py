@@ -173,6 +173,8 @@ def _recipe(held: _Held, weights: StoredTensors, source: Path, folder: Path, mad
     same = recipe.model.model_copy(update={"seq_length": model.seq_length, "attention_backend": model.attention_backend})
     if same != model or (recipe.model.seq_length != model.seq_length and model.position_embedding == "learned"):
         raise BadInputError("the overrides change the shape of the model, which its weights have: leave out what begins with model.")
+    if name is None and (given := recipe.tokenizer.model) is not None and not Path(given).is_file():
+        raise BadInputError(f"tokenizer.model {given}: there is no such file; name the model's own tokenizer, or leave it out")
     if name is not None:
         recipe = recipe.model_copy(update={"tokenizer": _with_unused_ids(source / name, recipe.tokenizer)})
         copy_tokenizer(source / name, made / name)

@@ -17,7 +17,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """Every whole record of `path`: a JSON object with a whole number "step". A file that is not there has none."""
+    """Every whole record of `path`: a JSON object, without NaN, with a whole number "step". A file that is not there has none."""
     lines = Lines()
     try:
         raw = path.read_bytes()
@@ -25,7 +25,7 @@ def read_lines(path: Path) -> Lines:
         return lines
     for number, line in enumerate(raw.splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and type(record.get("step")) is int:
@@ -33,6 +33,10 @@ def read_lines(path: Path) -> Lines:
         else:
             lines.broken.append(number)
     return lines
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"JSON knows no {name}")
 
 
 def last_pass(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -216,6 +216,12 @@ def test_convert_to_where_nothing_can_be_made(
     assert f"error: --output {place} cannot be made" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["inf", "nan"])
+def test_convert_in_files_of_no_size(size: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["checkpoint", "convert", str(run), "-o", str(tmp_path / "whole"), "--max-shard-gib", size]) == 2
+    assert "Invalid value for '--max-shard-gib'" in capfd.readouterr().err and not (tmp_path / "whole").exists()
+
+
 FILES = ["weights/rank_00000.safetensors", "optimizer/rank_00000.safetensors", "random/rank_00000.safetensors", "state.json", "config.yaml"]
 
 

@@ -24,6 +24,7 @@ REFUSED = {
     "a file in the way": ("file", [], "--output file cannot be made"),
     "below a file": ("file/run", [], "--output file/run cannot be made"),
     "no place for folders": ("/proc/run", [], "--output /proc/run cannot be made"),
+    "no tokenizer there": ("run", ["tokenizer.model=missing.model"], "tokenizer.model missing.model: there is no such file"),
     "another folder": ("run", ["run.output_dir=elsewhere"], "run.output_dir elsewhere is another folder than --output run"),
 }
 

@@ -117,6 +117,7 @@ def test_steps_done_over_are_drawn_once(tmp_path: Path) -> None:
 BROKEN = {
     "half a line": ("metrics.jsonl", lambda raw: raw[:-20], "metrics.jsonl: 1 line of 62 not whole (line 62), left out"),
     "garbage within": ("metrics.jsonl", lambda raw: b"\xff\x00\n[1]\n{}\n" + raw, "3 lines of 65 not whole (lines 1, 2, 3), left out"),
+    "no number": ("metrics.jsonl", lambda raw: b'{"step": 1, "loss": NaN}\n' + raw, "1 line of 63 not whole (line 1), left out"),
     "half an event": ("events.jsonl", lambda raw: raw + b'{"event": "spi', "events.jsonl: 1 line of 5 not whole (line 5), left out"),
     "recipe": ("config.yaml", lambda raw: b"run: [", "config.yaml cannot be read (ParserError): the report goes on without it"),
     "recipe with a tag": ("config.yaml", lambda raw: b"run: !!python/object:os.system x", "config.yaml cannot be read (ConstructorError)"),
