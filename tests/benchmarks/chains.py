@@ -30,7 +30,7 @@ QUALITY = {"tokens": 65536, "shapes": [[1, 128]]}
 def teacher_recipe(run: Path) -> dict[str, Any]:
     """The resolved recipe of the run folder's teacher, without what it says of stages after it."""
     tree: dict[str, Any] = yaml.safe_load((run / "pretrain" / "config.yaml").read_text())
-    tree["checkpoint"] = {**tree.get("checkpoint", {}), "load": None, "keep_last": 1, "keep_every": None}
+    tree["checkpoint"] = {**tree.get("checkpoint", {}), "keep_last": 1, "keep_every": None}
     for section in ("prune", "distill", "quantize", "export"):
         tree.pop(section, None)
     return {**tree, "quality": QUALITY, "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": False}}

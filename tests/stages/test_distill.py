@@ -170,7 +170,7 @@ def test_later_stages_do_not_read_projections(trained: Path) -> None:
 
 def test_only_pretraining_goes_on_from_the_checkpoint_that_the_recipe_names(finished: Path, trained: Path) -> None:
     recipe = write_recipe(trained.parent, checkpoint={"load": str(finished / "distill")})
-    assert largeformer("run", "-c", str(recipe)) == 0
+    assert largeformer("distill", "-c", str(recipe)) == 0
     assert [row["step"] for row in rows(trained)] == list(range(1, STEPS + 1))
 
 
