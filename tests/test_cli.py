@@ -142,6 +142,34 @@ def test_a_stage_that_does_not_fit_the_world_is_refused_with_its_run(arguments: 
     assert cli.main(alone) == 0
 
 
+CALIBRATED = {
+    "prune": ["prune.calibration.samples=3"],
+    "quantize": ["quantize.calibration.samples=3"],
+    "neither": ["prune={importance: weight, calibration: {samples: 3}}"],
+}
+
+
+@pytest.mark.parametrize(("stage", "settings"), CALIBRATED.items(), ids=CALIBRATED)
+def test_fewer_windows_to_calibrate_on_than_ranks(
+    stage: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pipeline ranks read text there too: before the pretraining, not after it."""
+    monkeypatch.chdir(tmp_path)
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    chain = ["run", "-c", "quickstart", "run.stages=[prepare, pretrain, prune, quantize]", *layout, *settings]
+    assert cli.main([*chain, "--dry-run", "--world-size", "4"]) == 0
+    assert cli.main([*chain, "--dry-run", "--world-size", "8"]) == (0 if stage == "neither" else 2)
+    if stage == "neither":
+        return
+    told = f"error: in {stage}: {stage}.calibration.samples 3 is fewer than the 4 data-parallel ranks"
+    assert capfd.readouterr().err.startswith(told)
+    for name, value in ranked(0, 8).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("largeformer.stages.prepare.run_or_wait", lambda *_, **__: pytest.fail("the first stage has begun"))
+    assert cli.main(chain) == 2 and capfd.readouterr().err.startswith(told)
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
 def test_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     """Five mistakes: five lines on stderr, nothing on stdout, exit code 2."""
     mistakes = ["model.num_layer=1", "run.seed=-1", "optimizer.lr=.nan", "parallel.pipeline_model_parallel_size=3", "train.fp8=true"]

@@ -72,6 +72,23 @@ def world_problems(recipe: Recipe, world_size: int) -> list[str]:
     return problems
 
 
+def calibration_problems(recipe: Recipe, stage: str, world_size: int) -> list[str]:
+    """A sentence where `stage`, if it takes statistics from text, has more ranks to read it than windows: its pipeline ranks are
+    data-parallel ones. `recipe` fits the world."""
+    settings = {
+        "prune": recipe.prune.calibration if recipe.prune.calibrates else None,
+        "quantize": recipe.quantize.calibration,
+    }.get(stage)
+    layout = recipe.layout(world_size)
+    readers = layout.data * layout.pipeline
+    if settings is None or settings.samples >= readers:
+        return []
+    return [
+        f"{stage}.calibration.samples {settings.samples} is fewer than the {readers} data-parallel ranks, of which each reads one at least "
+        f"(pipeline ranks are such ranks there): set it to {readers} or more"
+    ]
+
+
 def _attention_problems(model: ModelConfig) -> Iterator[str]:
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         yield (

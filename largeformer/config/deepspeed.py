@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from largeformer.config.chain import TrainedSection, at_stage
-from largeformer.config.checks import world_problems
+from largeformer.config.checks import calibration_problems, world_problems
 from largeformer.config.deepspeed_keys import REFUSED
 from largeformer.config.deepspeed_rules import AUTO, Owned, ZeroConfig, disagreements, key_problems, owned_values, zero_problems
 from largeformer.config.resources import find_deepspeed
@@ -79,7 +79,8 @@ def resolve_for_run(recipe: Recipe, raw: Mapping[str, Any], world_size: int) -> 
     told = dict.fromkeys(_problems(recipe, raw, world_size), "")
     for entry in recipe.run.stages:
         if isinstance(getattr(recipe, entry.stage, None), TrainedSection):
-            own = _problems(at_stage(recipe, entry), raw, world_size)
+            there = at_stage(recipe, entry)
+            own = _problems(there, raw, world_size) or calibration_problems(there, entry.stage, world_size)
             told |= {problem: f"in {entry.name}: " for problem in own if problem not in told}
     if told:
         raise BadInputError([place + problem for problem, place in told.items()])

@@ -82,6 +82,11 @@ class PruneConfig(TrainedSection):
         return self.method in _STRUCTURED
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the calibration text is read."""
+        return self.importance != "weight" if self.structured else self.method != "magnitude"
+
+    @property
     def reconstructs(self) -> bool:
         """Whether weights that stay are fitted, which needs the text that importance by activations reads."""
         return self.reconstruct and self.method == "width" and self.importance == "activation"

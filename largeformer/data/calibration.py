@@ -19,6 +19,11 @@ def calibration_batches(streams: Sequence[np.ndarray], seq_length: int, samples:
     layout. Raises BadInputError where there is not one window for each data rank.
     """
     starts = [(stream, start) for stream in streams for start in range(0, len(stream) - seq_length, seq_length)]
+    if samples < reading.data_size:
+        raise BadInputError(
+            f"calibration.samples {samples} is fewer than the {reading.data_size} data-parallel ranks, of which each reads one at least: "
+            f"set it to {reading.data_size} or more"
+        )
     count = min(samples, len(starts))
     if count < reading.data_size:
         ids = sum(map(len, streams))

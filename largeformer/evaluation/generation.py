@@ -63,7 +63,7 @@ def generate(
     generators = [torch.Generator().manual_seed(((settings.seed << 16) + index) % 2**63) for index in range(len(rows))]
     was_training = model.training
     model.eval()
-    decoder = CachedDecoder(model, len(rows), limit, device)
+    decoder = CachedDecoder(model, len(rows), max((row.limit for row in rows), default=0), device)
     ending, done = {eod, *ends}, 0  # tokens of every row that the cache holds
     while not all(row.finished for row in rows):
         # Prompts differ in length: the shortest sets the prefill, and the longer ones are fed on until they are through.
@@ -140,7 +140,7 @@ class _Row:
     """One prompt and what has been added to it, up to `limit` tokens in all."""
 
     def __init__(self, prompt: list[int], limit: int) -> None:
-        self.tokens, self._prompt_length, self._limit = list(prompt), len(prompt), limit
+        self.tokens, self.limit, self._prompt_length = list(prompt), limit, len(prompt)
         self._ended_at: int | None = None if len(prompt) < limit else len(prompt)
 
     @property
@@ -158,8 +158,8 @@ class _Row:
             return
         if token in ending:
             self._ended_at = len(self.tokens) - 1
-        elif len(self.tokens) == self._limit:
-            self._ended_at = self._limit
+        elif len(self.tokens) == self.limit:
+            self._ended_at = self.limit
 
 
 def _whole_model(chunks: Sequence[Any], groups: ParallelGroups) -> Any:

@@ -51,9 +51,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Over the counted tokens. `kl`: nats, source against export (Kullback and Leibler 1951). Losses in nats for each token."""
+    """Over the counted tokens. `kl`: nats, source against export (Kullback and Leibler 1951). `largest_logit`: of the source, without its
+    sign. Losses in nats for each token."""
 
     tokens: int
+    largest_logit: float
     max_logit_difference: float
     mean_logit_difference: float
     kl: float
@@ -76,16 +78,18 @@ SAME_FLOATS = ThresholdsConfig(max_logit_difference=1e-3)
 NARROWER = ThresholdsConfig(max_kl=0.01, max_perplexity_increase=0.005)
 INT8 = ThresholdsConfig(max_kl=0.05, max_perplexity_increase=0.02)
 INT4 = ThresholdsConfig(max_kl=0.5, max_perplexity_increase=0.25)
+_LARGE = 32.0  # logits beyond it, as GPT-2's are, are as much less exact in float32 as they are larger
 
 
 def compare(reference: Reference, client: Client) -> Comparison:
     """The client's answers against the source's."""
-    largest = mean = kl = source_loss = loss = 0.0
+    largest_logit = largest = mean = kl = source_loss = loss = 0.0
     agree = count = 0
     for ours, theirs, labels in _answers(reference, client):
         difference = (ours - theirs).abs()
         # NaN is larger than any threshold, and Python's max would lose it.
         largest = float(torch.tensor([largest, difference.max().nan_to_num(math.inf).item()]).max())
+        largest_logit = max(largest_logit, ours.abs().max().item())
         mean += difference.mean(dim=1).sum().item()
         p, q = ours.log_softmax(dim=1), theirs.log_softmax(dim=1)
         kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
@@ -96,6 +100,7 @@ def compare(reference: Reference, client: Client) -> Comparison:
     continuation = client.generate(reference.prompt, len(reference.continuation))
     return Comparison(
         tokens=count,
+        largest_logit=largest_logit,
         max_logit_difference=largest,
         mean_logit_difference=mean / count,
         kl=max(kl / count, 0.0),  # in this order NaN stays
@@ -117,11 +122,13 @@ def _answers(reference: Reference, client: Client) -> Iterator[tuple[torch.Tenso
 
 
 def failures(found: Comparison, defaults: ThresholdsConfig, given: ThresholdsConfig) -> list[str]:
-    """Where `found` is beyond a threshold: those given in the recipe, else the format's."""
+    """Where `found` is beyond a threshold: those given in the recipe, else the format's, for logits up to `_LARGE`."""
     limits = {**defaults.model_dump(exclude_none=True), **given.model_dump(exclude_none=True)}
+    if given.max_logit_difference is None and defaults.max_logit_difference is not None:
+        limits["max_logit_difference"] *= max(1.0, found.largest_logit / _LARGE)
     told = []
     checks: dict[str, tuple[float, Callable[[float, float], bool]]] = {
-        "max_logit_difference": (found.max_logit_difference, lambda value, limit: value <= limit),
+        "max_logit_difference": (found.max_logit_difference, lambda value, limit: value <= limit and value < math.inf),
         "max_kl": (found.kl, lambda value, limit: value <= limit),
         "min_top1_agreement": (found.top1_agreement, lambda value, limit: value >= limit),
         "max_perplexity_increase": (found.perplexity_increase, lambda value, limit: value <= limit),

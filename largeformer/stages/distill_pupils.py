@@ -16,6 +16,7 @@ from largeformer.config.checks import recipe_problems
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
 from largeformer.layout import stage_layers
+from largeformer.stages.common import prepared_data
 from largeformer.stages.common.inputs import Input, input_of, weights_named
 from largeformer.stages.common.weights import Source, find_source, named_model, shaped_like
 
@@ -56,6 +57,8 @@ class _Beginning:
 
 def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: Artifact) -> Lesson:
     """Collective. Raises BadInputError with everything that stands against it."""
+    from largeformer.parallel.agreement import from_main
+
     own = at_stage(recipe, entry)
     taught_from = _teacher_source(own, source)
     taught_by = Artifact.read(taught_from.checkpoint.parent.parent)
@@ -78,7 +81,8 @@ def lesson_of(recipe: Recipe, entry: StageEntry, source: Path | None, prepared: 
     student = beginning.recipe.model_copy(update={"tokenizer": own.tokenizer, "data": own.data, "run": run})
     teacher = _beside(teacher, student)
     folder = Path(own.run.output_dir) / entry.name
-    given = Input(student, entry, Source(beginning.source.checkpoint, prepared), beginning.made_by, folder)
+    text = from_main(lambda: prepared_data.content(prepared))
+    given = Input(student, entry, Source(beginning.source.checkpoint, prepared), beginning.made_by, folder, text)
     return Lesson(given, teacher, taught_from, taught_by, beginning.start, beginning.named, pairs_of(student, teacher))
 
 

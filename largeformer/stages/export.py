@@ -223,7 +223,7 @@ def _write_and_compare(
         ]
         figures["parity"][opened.name] = _storable({**found.metrics(), **about})
         del opened
-    if texts and (target / "tokenizer_config.json").exists():
+    if texts and "transformers" in form.needs:
         same = _same_ids(target, job, texts)
         figures["tokenizer_agreement"] = same
         if same < _SAME_TEXTS:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from largeformer.artifact import Artifact
 from largeformer.config.chain import StageEntry, at_stage
+from largeformer.config.checks import calibration_problems
 from largeformer.config.schema import Recipe
+from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages import distill, evaluate, export, prepare, pretrain, prune, quality, quantize
 from largeformer.stages.common.held_out import check_held_out
@@ -57,13 +59,17 @@ def _check_given_model(recipe: Recipe) -> None:
 def run(recipe: Recipe, *, fresh: bool = False) -> Artifact | None:
     """Run the stages that `run.stages` names. Returns the last one's artifact, or None where one was asked to stop before its end. Raises
     BadInputError, before the first, where one of them does not fit this world or this machine."""
+    world = discover(os.environ)
     for entry in recipe.run.stages:
         if entry.stage in (*quality.TRAINED, *quality.DERIVED):
-            check_world(at_stage(recipe, entry))
+            there = at_stage(recipe, entry)
+            check_world(there)
+            if problems := calibration_problems(there, entry.stage, world.world_size):
+                raise BadInputError([f"in {entry.name}: {problem}" for problem in problems])
     check_libraries(recipe, fresh=fresh)
     check_shapes(recipe)
     _check_given_model(recipe)
-    is_main, ended = discover(os.environ).is_main, cut_short(recipe)
+    is_main, ended = world.is_main, cut_short(recipe)
     artifact: Artifact | None = None
     for number, entry in enumerate(recipe.run.stages, start=1):
         if is_main:

@@ -218,7 +218,7 @@ def _sparser(given: Input, written: Recipe, world: World, begin: Callable[[], No
     chunks[0].eval()
     loss = held_out_loss(recipe, world, given.source, chunks, "valid")
     check_sound(loss, given.source.checkpoint)
-    batches = [] if prune.method == "magnitude" else calibration(recipe, world, given.source, prune.calibration)
+    batches = calibration(recipe, world, given.source, prune.calibration) if prune.calibrates else []
     sparsify(chunks[0], shards, world.groups, recipe.model, prune, batches)
     after = held_out_loss(recipe, world, given.source, chunks, "valid")
     begin()

@@ -42,7 +42,7 @@ def smaller(given: Input, written: Recipe, world: World, begin: Callable[[], Non
     chunks[0].eval()
     loss = held_out_loss(recipe, world, given.source, chunks, "valid")
     check_sound(loss, checkpoint)
-    batches = [] if prune.importance == "weight" else calibration(recipe, world, given.source, prune.calibration)
+    batches = calibration(recipe, world, given.source, prune.calibration) if prune.calibrates else []
     importance, gone = _importance(given, written.model, world, chunks[0], batches)
     kept = choose(importance, recipe.model, written.model, gone)
     stored = StoredTensors.of_checkpoint(checkpoint)

@@ -101,7 +101,9 @@ def assess(recipe: Recipe, entry: StageEntry) -> None:
         model, reference = _find(first, Path(recipe.run.output_dir) / entry.name), _find(first, folder)
         artifact = Artifact.read(Path(recipe.run.output_dir) / entry.name)
         assert artifact is not None, "the stage has just finished"
-        key = identity_hash({**recipe.quality.model_dump(mode="json", exclude={"limits"}), "reference": reference.identity})
+        settings = recipe.quality.model_dump(mode="json", exclude={"limits"})
+        text = world.from_main(lambda: prepared_data.content(reference.source.prepared))
+        key = identity_hash({**settings, "reference": reference.identity, "text": text})
         held = artifact.metrics.get("quality", {})
         is_new = held.get("key") != key
         found = {"key": key, **_measure(model, reference, world, recipe.quality)} if is_new else held

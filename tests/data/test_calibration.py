@@ -37,3 +37,8 @@ def test_documents_are_told_apart_as_in_training(apart: bool) -> None:
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(BadInputError, match="has 13 tokens, 1 windows of 12, and 2 are needed"):
         calibration_batches([STREAM], 12, 8, Reading(1, 0, 2))
+
+
+def test_fewer_windows_than_ranks_are_another_fault() -> None:
+    with pytest.raises(BadInputError, match="samples 3 is fewer than the 4 data-parallel ranks"):
+        calibration_batches([STREAM], 2, 3, Reading(1, 0, 4))

@@ -114,6 +114,21 @@ def test_stops_at_eod_at_the_limit_and_when_full(one_process: Callable[[Recipe],
     assert generate([built.model], built.groups, [[5, 9] * 16, [5, 9]], GREEDY, EOD, CPU) == [[], tokens]
 
 
+def test_the_cache_is_as_long_as_the_longest_row_may_get(one_process: Callable[[Recipe], Built], monkeypatch: pytest.MonkeyPatch) -> None:
+    built, lengths = one_process(tiny_recipe()), []
+
+    class Watched(CachedDecoder):
+        def __init__(self, model: object, batch: int, max_length: int, device: torch.device) -> None:
+            lengths.append(max_length)
+            super().__init__(model, batch, max_length, device)
+
+    monkeypatch.setattr("largeformer.evaluation.generation.CachedDecoder", Watched)
+    for prompts in ([[5, 6, 7], [8]], [[5] * 30, [6]]):
+        made = generate([built.model], built.groups, prompts, GREEDY.model_copy(update={"max_new_tokens": 4}), EOD, CPU)
+        assert [len(row) for row in made] == [min(4, 32 - len(prompt)) for prompt in prompts]
+    assert lengths == [7, 32]
+
+
 def test_bad_prompts_are_refused_all_at_once(one_process: Callable[[Recipe], Built]) -> None:
     built = one_process(tiny_recipe())
     with pytest.raises(BadInputError) as raised:

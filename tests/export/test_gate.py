@@ -49,6 +49,7 @@ def test_figures_are_their_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     p, q = ours.softmax(1), theirs.softmax(1)
     assert found.tokens == 6
     assert found.max_logit_difference == pytest.approx((ours - theirs).abs().max().item())
+    assert found.largest_logit == pytest.approx(ours.abs().max().item())
     assert found.mean_logit_difference == pytest.approx((ours - theirs).abs().mean().item())
     assert found.kl == pytest.approx((p * (p / q).log()).sum(1).mean().item())
     assert found.top1_agreement == (p.argmax(1) == q.argmax(1)).double().mean().item()
@@ -84,6 +85,16 @@ def test_what_is_wrong_fails(tmp_path: Path, logits: torch.Tensor, limits: Thres
 
 
 def test_the_recipes_threshold_comes_before_the_formats() -> None:
-    found = Comparison(1, 0.01, 0.01, 0.0, 1.0, 2.0, 2.0, True)
+    found = Comparison(1, 64.0, 0.01, 0.01, 0.0, 1.0, 2.0, 2.0, True)
     assert failures(found, gate.EXACT, ThresholdsConfig())
     assert not failures(found, gate.EXACT, ThresholdsConfig(max_logit_difference=0.1))
+    assert failures(found, gate.EXACT, ThresholdsConfig(max_logit_difference=0.009))
+
+
+@pytest.mark.parametrize(
+    ("logit", "difference", "passes"),
+    [(20.0, 0.9e-4, True), (32.0, 1.1e-4, False), (160.0, 4.9e-4, True), (160.0, 5.1e-4, False), (math.inf, math.inf, False)],
+)
+def test_large_logits_differ_by_more(logit: float, difference: float, passes: bool) -> None:
+    found = Comparison(1, logit, difference, difference, 0.0, 1.0, 2.0, 2.0, True)
+    assert passes is not bool(failures(found, gate.EXACT, ThresholdsConfig()))

@@ -55,6 +55,31 @@ def test_answers_are_those_to_one_text(recipe: Path) -> None:
     assert len(list(said.iterdir())) == 2
 
 
+def test_figures_and_what_was_calibrated_are_those_of_the_text(recipe: Path) -> None:
+    """A pretraining that has finished stays; what is made of it, and measured, is of the text that is there."""
+    shutil.copytree(recipe.parent / "run" / "prepare", recipe.parent / "other")
+    chain = [
+        "run.stages=[prepare, pretrain, prune, evaluate]",
+        "prune={method: wanda, sparsity: 0.5, calibration: {samples: 2, text: other}}",
+    ]
+    quick = ["quality={tokens: 64, shapes: [[1, 1]], rounds: 1}"]
+
+    def made() -> dict[str, str]:
+        assert largeformer(recipe, "run", *chain, *quick) == 0
+        there = {name: Artifact.read(recipe.parent / "run" / name) for name in ("pretrain", "prune", "evaluate")}
+        keys = {f"{name}'s quality": there[name].metrics["quality"]["key"] for name in ("pretrain", "prune")}  # type: ignore[union-attr]
+        return {**{name: artifact.identity for name, artifact in there.items() if artifact is not None}, **keys}
+
+    first = made()
+    assert made() == first
+    shutil.copyfile(json.encoder.__file__, recipe.parent / "text" / "b.py")
+    assert largeformer(recipe, "prepare", "--append") == 0
+    second = made()
+    assert {name for name in first if second[name] == first[name]} == {"pretrain"}
+    shutil.copytree(recipe.parent / "run" / "prepare", recipe.parent / "other", dirs_exist_ok=True)
+    assert {name for name, named in made().items() if named != second[name]} == {"prune", "evaluate"}
+
+
 def test_a_model_is_not_read_by_another_tokenizer(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = recipe.parent / "run"
     pruned = ["prune.method=magnitude"]

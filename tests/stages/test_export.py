@@ -543,6 +543,20 @@ def test_a_chat_is_written_as_where_the_model_comes_from(run: Path, tmp_path: Pa
     assert kept == [{"bos_token": "<s>", "mask_token": "<none>", "chat_template": chat, "eos_token_id": [7, 2, 9]}] * 2
 
 
+def test_our_folder_beside_a_sentencepiece_model(run: Path, tmp_path: Path) -> None:
+    """What it says of a chat is for us alone: transformers cannot open it, and is not asked to."""
+    source, imported = tmp_path / "hf", tmp_path / "imported"
+    shutil.copytree(run / "export" / "hf", source)
+    (source / "tokenizer.json").unlink()
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    import_here(source, imported)
+    for command in ("prepare", "export"):
+        assert cli.main([command, "-c", str(imported / "import" / "config.yaml"), "export.formats=[hf, largeformer]"]) == 0
+    formats = json.loads((imported / "export" / "manifest.json").read_text())["metrics"]["formats"]
+    assert {name: made.get("tokenizer_agreement") for name, made in formats.items()} == {"hf": 1.0, "largeformer": None}
+    assert json.loads((imported / "export" / "largeformer" / "tokenizer_config.json").read_text())["eos_token_id"] == [2, 7]
+
+
 ENDS: dict[str, tuple[dict[str, Any], Any]] = {
     "several": ({"generation_config.json": [7, 2]}, [2, 7]),
     "another one": ({"generation_config.json": 7}, [2, 7]),

@@ -17,6 +17,7 @@ from largeformer.config.chain import StageEntry, TrainedSection, at_stage
 from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError
+from largeformer.stages.common import prepared_data
 from largeformer.stages.common.claim import CONFIG, belongs_to_another, forget_rewinds, holds_results, set_aside
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
@@ -27,13 +28,15 @@ _MODELS = ("import", "pretrain", "prune", "distill", "quantize")
 @dataclass(frozen=True)
 class Input:
     """A stage of the chain, ready to begin. recipe: as the stage reads it, with the model, tokenizer and data of the checkpoint.
-    made_by: the artifact that the checkpoint belongs to, None where its stage has not finished. folder: the stage's own."""
+    made_by: the artifact that the checkpoint belongs to, None where its stage has not finished. folder: the stage's own. text: what an
+    identity calls the prepared data."""
 
     recipe: Recipe
     entry: StageEntry
     source: Source
     made_by: Artifact | None
     folder: Path
+    text: str
 
     @property
     def parents(self) -> dict[str, Artifact]:
@@ -44,7 +47,13 @@ class Input:
         """What makes the result what it is. `further`: other artifacts that it is made from, such as a teacher."""
         parents = {name: artifact.identity for name, artifact in (self.parents | further).items()}
         checkpoint = weights_named(self.source.checkpoint, self.made_by)
-        return {**self.recipe.identity(self.entry.stage), "checkpoint": checkpoint, "parents": parents, **self._calibrated_on()}
+        return {
+            **self.recipe.identity(self.entry.stage),
+            "checkpoint": checkpoint,
+            "parents": parents,
+            "text": self.text,
+            **self._calibrated_on(),
+        }
 
     def _calibrated_on(self) -> dict[str, str | None]:
         """The content of the text that `calibration.text` names."""
@@ -62,7 +71,7 @@ def weights_named(checkpoint: Path, made_by: Artifact | None) -> str:
 def content_named(text: Path) -> str | None:
     """What an identity calls a file of text, or a prepare folder; None where there is neither, which is refused where it is read."""
     if (prepared := Artifact.read(text)) is not None:
-        return prepared.identity
+        return prepared_data.content(prepared)
     try:
         return file_sha256(text)
     except OSError:
@@ -80,7 +89,8 @@ def input_of(recipe: Recipe, entry: StageEntry, source: Path | None) -> Input:
     as_set = at_stage(recipe, entry)
     section = getattr(as_set, entry.stage, None)
     trains = isinstance(section, TrainedSection) and section.trains
-    return Input(shaped_like(as_set, found, trains=trains), entry, found, made_by, folder)
+    text = from_main(lambda: prepared_data.content(found.prepared))
+    return Input(shaped_like(as_set, found, trains=trains), entry, found, made_by, folder, text)
 
 
 def stage_before(recipe: Recipe, entry: StageEntry | None) -> Path:
