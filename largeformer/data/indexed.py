@@ -68,14 +68,14 @@ def check_tokenizer(identifiers: Mapping[str, str], recorded: Mapping[str, Any],
 def _check_index(path: Path) -> None:
     """The `.idx` file is one, and whole: a header of 34 bytes, then 12 bytes a sequence and 8 for each border between documents.
 
-    Megatron-core may cut a document into several sequences; here and in its GPTDataset each of them is a document.
+    Megatron-core may cut a document into several sequences, or none; here and in its GPTDataset each of them is a document.
     """
     with path.open("rb") as handle:
         header = handle.read(34)
     whole = False
     if len(header) == 34 and header.startswith(b"MMIDIDX\x00\x00"):
         version, dtype, sequences, borders = struct.unpack_from("<QBQQ", header, 9)
-        sizes_agree = path.stat().st_size == 34 + 12 * sequences + 8 * borders and 1 <= borders <= sequences + 1
+        sizes_agree = path.stat().st_size == 34 + 12 * sequences + 8 * borders and borders >= 1
         whole = version == 1 and dtype in (4, 8) and sizes_agree
     if not whole:
         raise BadInputError(f"{path} is damaged, or of another kind than int32 or uint16: run prepare again with --fresh")

@@ -23,6 +23,7 @@ from largeformer.data.preparation.workspace import Workspace
 from largeformer.errors import BadInputError
 from largeformer.parallel.environment import discover
 from largeformer.stages.common.claim import claim, set_aside
+from largeformer.stages.common.lock import alone
 from largeformer.stages.common.prepared_data import KIND, stage_folder
 from largeformer.stages.common.world import output_problems, reporting
 from largeformer.stages.prepare_folder import Preparation, check_base
@@ -36,11 +37,12 @@ def run(recipe: Recipe, *, fresh: bool = False, append: bool = False) -> Artifac
     """Prepare the recipe's data, or return what is there. On one process only; other ranks call `wait_or_load`.
 
     `fresh` sets the result of another recipe aside (`prepare.old-N`) instead of refusing to replace it. `append` adds to the finished
-    result of a recipe with fewer sources or files, with its tokenizer, and encodes the new ones alone. Raises BadInputError.
+    result of a recipe with fewer sources or files, with its tokenizer, and encodes the new ones alone. Where another run of the same folder
+    prepares, its result is waited for. Raises BadInputError.
     """
     folder = stage_folder(recipe)
     identity = identity_hash(recipe.identity(KIND))
-    with reporting(recipe, KIND), StopSignals.current().at_once():
+    with reporting(recipe, KIND), StopSignals.current().at_once(), alone(folder, f"preparing {folder}"):
         there = Artifact.read(folder)
         if there is not None and there.identity == identity and (problems := _damage(there)):
             if not fresh:

@@ -86,12 +86,19 @@ class Preparation:
 
     def _open_sources(self) -> list[Source]:
         try:
-            return open_sources(self.recipe.data)
+            sources = open_sources(self.recipe.data)
         except UnusableError as error:
             if not (self.folder / MANIFEST).exists():
                 rows = [{"file": item.file, "line": item.line, "reason": item.reason} for item in error.rejected]
                 write_atomically(self.folder / QUARANTINE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
             raise
+        run = self.recipe.run.output_dir
+        for source in sources:
+            if source.pair is None and any(Path(run).resolve() in file.path.resolve().parents for file in source.files):
+                raise BadInputError(
+                    f"data.sources path {source.path!r} holds run.output_dir {run}, whose files are no text: put it elsewhere"
+                )
+        return sources
 
     def _begin(self, sources: Sequence[Source], append: bool) -> tuple[list[Source], bool]:
         """The sources with those files only that are still to be prepared, and whether they are added to what is there.

@@ -77,6 +77,17 @@ def test_what_megatron_writes_is_read(tmp_path: Path, dtype: type[np.integer], s
     assert split_tokens(dataset, range(len(dataset))).tolist() == [i for document in DOCUMENTS for i in document]
 
 
+def test_documents_without_a_sequence_are_read_over(tmp_path: Path) -> None:
+    """As Megatron writes a blank row."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "p.bin"), dtype=np.uint16)
+    for document in ([], [5, 6], [], [], [7]):
+        builder.add_document(document, [len(document)] if document else [])
+    builder.finalize(str(tmp_path / "p.idx"))
+    dataset = open_indexed(tmp_path / "p", 50)
+    assert len(dataset) == len(IndexedDataset(str(tmp_path / "p"))) == 2
+    assert split_tokens(dataset, range(2)).tolist() == [5, 6, 7]
+
+
 @pytest.mark.parametrize("vocab_size", [100, 70_000], ids=["uint16", "int32"])
 def test_megatron_reads_what_is_written(tmp_path: Path, vocab_size: int) -> None:
     """Whole documents, and parts of them, mapped and from the file."""

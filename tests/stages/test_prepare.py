@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from largeformer.artifact import Artifact, identity_hash, read_status, write_status
+from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.data.indexed import open_indexed
 from largeformer.data.preparation.encoding import Encoder, Task
@@ -19,8 +22,10 @@ from largeformer.data.tokenization.tokenizer import MockTokenizer
 from largeformer.errors import BadInputError
 from largeformer.stages import prepare
 from largeformer.stages.common import prepared_data
+from largeformer.stages.common.lock import alone
 from tests.recipes import tiny_recipe
 
+ROOT = Path(__file__).parents[2]
 ROWS = [f"row {i}: the quick brown fox, number {i * 37}, jumps over 犬 {i}\n" for i in range(200)]
 
 
@@ -234,6 +239,12 @@ BAD = {
     "vocabulary too large": ({"tokenizer": {"vocab_size": 5000}}, ["text.txt"], "vocab_size 5000 .* the largest that works is"),
     "bad split": ({"data": {"split": "a,b"}}, ["text.txt"], "data.split 'a,b'"),
     "no such tokenizer": ({"tokenizer": {"model": "absent.model"}}, ["text.txt"], "absent.model cannot be read"),
+    "a field where nothing has fields": (
+        {"data": {"sources": [{"path": "{here}/text.txt", "text_key": "body"}]}},
+        [],
+        "text.txt' has text_key 'body', and no file of JSON lines",
+    ),
+    "the run's own folder": ({}, ["."], "holds run.output_dir .*/run, whose files are no text"),
     "too many rejected": ({"data": {"quarantine_threshold": 0.001}}, ["rows.jsonl"], r"1 of 201 inputs were rejected \(0.50%\).*0.10%"),
 }
 
@@ -245,6 +256,7 @@ def test_bad_input_stops_with_its_value_and_no_manifest(
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text("\n \n\n")
     (tmp_path / "broken.jsonl").write_text("{\n{\n")
+    sections = json.loads(json.dumps(sections).replace("{here}", str(tmp_path)))
     with pytest.raises(BadInputError, match=message):
         prepare.run(recipe(tmp_path, *(str(tmp_path / source) for source in sources), **sections))
     assert Artifact.read(tmp_path / "run" / "prepare") is None
@@ -282,6 +294,20 @@ def test_other_ranks_wait_for_the_manifest(tmp_path: Path, text: str) -> None:
     artifact = prepare.run(made)
     waiting.join(60)
     assert found == [artifact]
+
+
+def test_who_comes_while_another_prepares_waits_for_it(tmp_path: Path, text: str) -> None:
+    """Two processes that find the folder locked, and do the work once."""
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe(tmp_path, text)))
+    command = [sys.executable, "-u", "-m", "largeformer", "prepare", "-c", str(tmp_path / "recipe.yaml")]
+    with alone(tmp_path / "run" / "prepare", "here"):
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+        said = [process.stdout.readline() for process in both if process.stdout is not None]
+    ended = [process.communicate(timeout=120)[0] for process in both]
+    assert said == [f"another process is preparing {tmp_path / 'run' / 'prepare'}: waiting for it\n"] * 2
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("splits: train" in output for output in ended) == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["prepare", "status.json"]
 
 
 def test_waiting_ends_when_rank_0_fails_but_not_for_an_earlier_failure(tmp_path: Path, text: str) -> None:

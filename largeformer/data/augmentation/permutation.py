@@ -69,7 +69,11 @@ class SentenceEnds:
     @classmethod
     def of(cls, decode: Callable[[Sequence[int]], str], vocab_size: int, eod: int) -> SentenceEnds:
         """From what each id stands for. A full stop ends a sentence before a blank only: 3.5 and example.org are whole."""
-        pieces = [decode([i]) for i in range(vocab_size)]
+        alone = [decode([i]) for i in range(vocab_size)]
+        # Behind a letter: a text's own first blank is lost where its tokenizer puts one in front.
+        word = next(([i] for i, piece in enumerate(alone) if piece.isalpha()), [])
+        begun = len(decode(word))
+        pieces = [decode([*word, i])[begun:] for i in range(vocab_size)] if word else alone
         bare = [piece.rstrip(" \t").rstrip(_CLOSING) for piece in pieces]
         return cls(
             np.array([text.endswith(_ENDS) or piece.endswith("\n\n") for piece, text in zip(pieces, bare, strict=True)]),

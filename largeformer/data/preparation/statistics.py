@@ -61,7 +61,8 @@ class SourceStatistics:
         self.tokens += int(lengths.sum(dtype=np.int64))
         self.bytes += sizes
         self.unknown += unknown
-        bins = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1, minlength=LENGTH_BINS) if len(lengths) else [0] * LENGTH_BINS
+        exponents = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1  # a Megatron pair may hold documents of no token
+        bins = np.bincount(exponents, minlength=LENGTH_BINS) if len(lengths) else [0] * LENGTH_BINS
         self.lengths = [int(before + new) for before, new in zip(self.lengths, bins, strict=True)]
 
 

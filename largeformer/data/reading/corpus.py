@@ -120,7 +120,13 @@ def sample_documents(sources: Sequence[Source], limit: int, max_bytes: int) -> I
 def _open_source(name: str, config: SourceConfig) -> Source:
     pair = pair_prefix(config.path)
     if pair is None:
-        return Source(name, config.path, config.text_key, tuple(text_files(config.path)))
+        files = tuple(text_files(config.path))
+        if config.text_key != SourceConfig.model_fields["text_key"].default and not any(file.is_json_lines for file in files):
+            raise BadInputError(
+                f"data.sources path {config.path!r} has text_key {config.text_key!r}, and no file of JSON lines: name such files .jsonl "
+                "(.jsonl.gz, .jsonl.zst), or leave text_key out"
+            )
+        return Source(name, config.path, config.text_key, files)
     halves = tuple(SourceFile(path, str(path)) for path in (pair.with_name(pair.name + ".bin"), pair.with_name(pair.name + ".idx")))
     return Source(name, config.path, config.text_key, halves, pair)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import logging
 import os
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from largeformer.errors import BadInputError
 
+logger = logging.getLogger(__name__)
 PYTHON_DOCS = "python-docs"
 MOCK = "mock"
 # A Python installation may lack its tests, and carries packages that are not its own.
@@ -29,12 +33,12 @@ class SourceFile:
     @property
     def compression(self) -> str | None:
         """`gzip`, `zstd`, or None; the file's name says which."""
-        return _COMPRESSED.get(self.path.suffix)
+        return _COMPRESSED.get(self.path.suffix.lower())
 
     @property
     def is_json_lines(self) -> bool:
         suffixes = self.path.suffixes[:-1] if self.compression else self.path.suffixes
-        return suffixes[-1:] != [] and suffixes[-1] in _JSON_LINES
+        return suffixes[-1:] != [] and suffixes[-1].lower() in _JSON_LINES
 
     @property
     def fingerprint(self) -> tuple[int, int]:
@@ -63,7 +67,7 @@ def text_files(source: str) -> list[SourceFile]:
 def source_files(source: str) -> list[Path]:
     """The files of a source in a fixed order: of a folder all that are not hidden, also in folders that it links to.
 
-    Raises BadInputError where there are none.
+    Raises BadInputError where there are none, or a folder on the way cannot be read.
     """
     if source == PYTHON_DOCS:
         return _standard_library()
@@ -75,7 +79,7 @@ def source_files(source: str) -> list[Path]:
     elif path.exists():
         files = [path]
     else:
-        files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+        files = _glob(str(path))
         if not files:
             raise BadInputError(f"data.sources path {source!r} does not exist (looked from {os.getcwd()}): give a file, a folder or a glob")
     unreadable = [str(file) for file in files if not os.access(file, os.R_OK)]
@@ -108,15 +112,71 @@ def pair_prefix(source: str) -> Path | None:
     return prefix if halves and not missing and (named or not path.exists()) else None
 
 
+def _glob(pattern: str) -> list[Path]:
+    """The files that `pattern` names, sorted. `**` is any folders that `_walk` finds: links in a circle come to an end."""
+    parts = Path(pattern).parts
+    cut = parts.index("**") if "**" in parts else len(parts)
+    for depth in range(1, cut):
+        if glob.has_magic(parts[depth]):  # folders whose content is asked for; glob itself passes over those that it cannot read
+            for folder in filter(os.path.isdir, glob.iglob(os.path.join(*parts[:depth]))):
+                _check_readable(folder)
+    if cut == len(parts):
+        found = [Path(match) for match in glob.glob(pattern) if os.path.isfile(match)]
+    else:
+        roots = [Path(match) for match in glob.glob(os.path.join(*parts[:cut])) if os.path.isdir(match)] if cut else [Path()]
+        walked = ((root, file) for root in roots for file in _walk(root, skipped=set(), follow_links=True))
+        found = [file for root, file in walked if _matches(file.relative_to(root).parts, parts[cut:])]
+    return _once(sorted(found, key=str), pattern)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _check_readable(folder: str) -> None:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> BadInputError:
+    return BadInputError(f"data.sources: the folder {error.filename} cannot be read ({error.strerror}): make it readable, or leave it out")
+
+
+def _once(files: Sequence[Path], pattern: str) -> list[Path]:
+    """`files` without those of folders that are others of them by another name: a folder is read where it stands itself, else by the
+    first link to it, as `_walk` does."""
+    kept: dict[str, Path] = {}
+    for file in files:
+        folder = os.path.realpath(file.parent)
+        itself = os.path.join(folder, file.name)
+        if itself not in kept or os.path.abspath(file.parent) == folder:
+            kept[itself] = file
+    if len(kept) < len(files):
+        logger.warning("data.sources path %r: %d files are left out that it also names by another folder", pattern, len(files) - len(kept))
+    chosen = set(kept.values())
+    return [file for file in files if file in chosen]
+
+
 def _walk(root: Path, skipped: set[str], follow_links: bool) -> list[Path]:
     """Every file below `root` in the order of its relative path, without hidden files and the folders named in `skipped`.
 
-    A folder is read once: where it stands itself, else where the first link to it does. So links in a circle come to an end.
+    A folder is read once: where it stands itself, else where the first link to it does. So links in a circle come to an end. Raises
+    BadInputError where one cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error) from error
+
     found: list[Path] = []
     starts, read = [str(root)], set()
     for start in starts:  # grows by the links that are met
-        for folder, subfolders, names in os.walk(start):
+        for folder, subfolders, names in os.walk(start, onerror=refuse):
             if (real := os.path.realpath(folder)) in read:
                 subfolders.clear()
                 continue

@@ -55,9 +55,9 @@ def read_units(
     held = read = 0
     for index in range(cursor.file, len(files)):
         begin = cursor if cursor.file == index else Cursor(index)
-        for item, size, cursor in _read_file(files[index], begin, block_bytes, max_bytes):
-            items += [item] if item is not None else []
-            held += len(item.content) if isinstance(item, Block) else 0
+        for found, size, cursor in _read_file(files[index], begin, block_bytes, max_bytes):
+            items += found
+            held += sum(len(item.content) for item in found if isinstance(item, Block))
             read += size
             if held >= block_bytes or len(items) >= _UNITS:
                 yield Unit(number, tuple(items), read, cursor)
@@ -78,8 +78,8 @@ def total_bytes(files: Sequence[SourceFile]) -> int:
     return sum(file.fingerprint[0] for file in files)
 
 
-def _read_file(file: SourceFile, begin: Cursor, block_bytes: int, max_bytes: int) -> Iterator[tuple[Block | Rejected | None, int, Cursor]]:
-    """Items of one file, each with the bytes that were read of the file for it and the place behind it."""
+def _read_file(file: SourceFile, begin: Cursor, block_bytes: int, max_bytes: int) -> Iterator[tuple[list[Block | Rejected], int, Cursor]]:
+    """Items of one file, with the bytes that were read of the file for them and the place behind them, from where all goes on alike."""
     stream, line = Stream(file, begin.offset), begin.line
     try:
         while True:
@@ -91,21 +91,24 @@ def _read_file(file: SourceFile, begin: Cursor, block_bytes: int, max_bytes: int
             else:
                 end, reason = _end_of_text(stream.buffer, block_bytes) if more or stream.broken else len(stream.buffer), None
             content = stream.take(end)
-            block = Block(file.name, line, content, file.is_json_lines) if content and reason is None else None
-            rejected = Rejected(file.name, line, reason) if reason is not None else None
+            found: list[Block | Rejected] = [Block(file.name, line, content, file.is_json_lines)] if content else []
+            if reason is not None:
+                found = [Rejected(file.name, line, reason)]
             line += content.count(b"\n")
-            yield block or rejected, stream.input_bytes(), Cursor(begin.file, stream.offset, line)
             # Rows that lie whole before the break may be left: a longer one than a block was looked at past them.
             if stream.broken is not None and not (file.is_json_lines and b"\n" in stream.buffer):
-                yield Rejected(file.name, line, f"broken {file.compression} stream: {stream.broken}"), 0, Cursor(begin.file + 1)
+                # Together with what was whole: who went on from between them would find another rest.
+                found.append(Rejected(file.name, line, f"broken {file.compression} stream: {stream.broken}"))
+                yield found, stream.input_bytes(), Cursor(begin.file + 1)
                 return
+            yield found, stream.input_bytes(), Cursor(begin.file, stream.offset, line)
     finally:
         stream.close()
 
 
 def _end_of_rows(stream: Stream, size: int | None, max_bytes: int) -> tuple[int, str | None]:
     """Where the last whole row in the first `size` bytes ends (None: in all that is left), or the first row where it is longer; and
-    what is wrong with that row."""
+    what is wrong with that row, which is told by its length alone: how much was read at once is another thing for who goes on here."""
     if size is None:
         return stream.buffer.rfind(b"\n") + 1 if stream.broken else len(stream.buffer), None
     if end := stream.buffer.rfind(b"\n", 0, size) + 1:
@@ -115,8 +118,9 @@ def _end_of_rows(stream: Stream, size: int | None, max_bytes: int) -> tuple[int,
             return _end_of_row(stream), too_long(max_bytes)
         size = len(stream.buffer)
         if not stream.fill(size + _STEP) and b"\n" not in stream.buffer:
-            return 0 if stream.broken else len(stream.buffer), None
-    return end, None
+            end = 0 if stream.broken and len(stream.buffer) <= max_bytes else len(stream.buffer)
+            break
+    return end, too_long(max_bytes) if end > max_bytes else None
 
 
 def _end_of_row(stream: Stream) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -21,11 +20,8 @@ import numpy as np
 from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
 
-logger = logging.getLogger(__name__)
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
-# Case, accents, blanks, other scripts: what a tokenizer may lose.
-_PROBE = 'def f(x):\n    return "Grüße"  # 大型语言模型, e\u0301 \u00a0😀\n\n\tEnd. '
 
 
 class HuggingFaceTokenizer:
@@ -94,11 +90,6 @@ class HuggingFaceTokenizer:
     def special_tokens(self) -> list[str]:
         return [token["content"] for token in self._raw.get("added_tokens", []) if token.get("special")]
 
-    def is_exact(self) -> bool:
-        """Whether text survives, and its bytes are counted, on a probe of what is easily lost."""
-        ids = self.encode(_PROBE)
-        return self.decode(ids) == _PROBE and int(self.piece_bytes[ids].sum()) == len(_PROBE.encode("utf-8"))
-
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._definition, *self._named, self._unused)
 
@@ -128,6 +119,4 @@ def open_hugging_face(content: bytes, path: Path, config: TokenizerConfig) -> Hu
         if token is not None and not tokenizer.has(token):
             known = ", ".join(tokenizer.special_tokens()[:8]) or "none"
             raise BadInputError(f"tokenizer {path} has no token '{token}', which tokenizer.{name} names (its special tokens: {known})")
-    if not tokenizer.is_exact():
-        logger.warning("tokenizer %s changes text (case, blanks or rare characters): bits per byte will be approximate", path)
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from largeformer.artifact import write_atomically
 from largeformer.config.data import TokenizerConfig
 from largeformer.errors import BadInputError
 
+logger = logging.getLogger(__name__)
 SETTINGS = "tokenizer_config.json"
+# Case, accents, blanks, other scripts: what a tokenizer may lose.
+_PROBE = 'def f(x):\n    return "Grüße"  # 大型语言模型, e\u0301 \u00a0😀\n\n\tEnd. '
 _ENDS = "eos_token_id"
 _SAID = ("chat_template", "bos_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
@@ -144,6 +148,13 @@ def tokenizer_of_any_size(path: Path, config: TokenizerConfig) -> Tokenizer:
     except OSError as error:
         kind = "tokenizer.json" if config.type == "huggingface" else "SentencePiece .model"
         raise BadInputError(f"tokenizer {path} cannot be read ({error.strerror}): give the path of a {kind} file") from error
+    tokenizer = _open(content, path, config)
+    if not is_exact(tokenizer):
+        logger.warning("tokenizer %s changes text (case, blanks or rare characters): bits per byte will be approximate", path)
+    return tokenizer
+
+
+def _open(content: bytes, path: Path, config: TokenizerConfig) -> Tokenizer:
     if config.type == "huggingface":
         from largeformer.data.tokenization.huggingface import open_hugging_face
 
@@ -151,6 +162,16 @@ def tokenizer_of_any_size(path: Path, config: TokenizerConfig) -> Tokenizer:
     from largeformer.data.tokenization.sentencepiece import open_sentencepiece
 
     return open_sentencepiece(content, path, config)
+
+
+def is_exact(tokenizer: Tokenizer) -> bool:
+    """Whether text survives, and its bytes are counted, on a probe of what is easily lost; but for a space that is put in front of every
+    text."""
+    ids, counted = {}, {}
+    for text in ("a", _PROBE):
+        ids[text] = tokenizer.encode(text)
+        counted[text] = int(tokenizer.piece_bytes[ids[text]].sum()) - len(text.encode("utf-8"))
+    return tokenizer.decode(ids[_PROBE]) == _PROBE and counted["a"] == counted[_PROBE]
 
 
 def missing_symbols(tokenizer: Tokenizer, symbols: Iterable[str]) -> list[str]:

@@ -92,6 +92,13 @@ def test_where_sentences_end(ids: list[int], cuts: list[int]) -> None:
     assert ENDS.cuts(np.array(ids)).tolist() == cuts
 
 
+def test_blanks_are_found_behind_a_tokenizer_that_takes_the_first_away() -> None:
+    """As those with a space in front of every text do."""
+    ends = SentenceEnds.of(lambda ids: decode(ids).removeprefix(" "), len(PIECES), EOD)
+    for name, expected in vars(ENDS).items():
+        assert np.array_equal(getattr(ends, name), expected), name
+
+
 def test_sentences_stay_whole_in_their_document() -> None:
     # A part, three sentences, a document's end, three sentences, a part.
     ids = np.array([2, 3, 4, 5, 3, 13, 3, 11, 6, EOD, 1, 3, 4, 6, 5, 3, 2, 2])

@@ -81,3 +81,10 @@ def test_reasons_of_the_quarantine_are_gathered_by_kind() -> None:
     assert found.totals("quarantined")["not JSON"] == 1
     assert found.inputs == 11
     assert Statistics([SourceStatistics("0", "p")]).totals("dropped") == {}
+
+
+def test_documents_of_no_token_stand_with_the_shortest() -> None:
+    """A Megatron pair may hold such."""
+    source = SourceStatistics("0-a", "a")
+    source.keep(np.array([0, 0, 1, 2], dtype=np.int32), 9, 0)
+    assert (source.documents, source.tokens, source.lengths[:3]) == (4, 3, [3, 1, 0])

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +149,43 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
     assert source_files(str(corpus)) == [corpus / name for name in found]
     (tmp_path / "link").symlink_to(corpus)
     assert source_files(str(tmp_path / "link")) == [tmp_path / "link" / name for name in found]
+
+
+def test_a_glob_reads_linked_folders_once_and_circles_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for month in ("2024-04", "2024-05"):
+        (tmp_path / "crawl" / month / "deep").mkdir(parents=True)
+        for name in ("1.txt", "deep/2.txt", ".3.txt"):
+            (tmp_path / "crawl" / month / name).write_text(name)
+    for link, target in {"crawl/0-latest": "2024-05", "crawl/2024-05/round": ".", "crawl/2024-04/again": "../2024-05"}.items():
+        (tmp_path / link).symlink_to(target)
+    flat = ["crawl/2024-04/1.txt", "crawl/2024-05/1.txt"]
+    assert source_files(f"{tmp_path}/crawl/*/*.txt") == [tmp_path / name for name in flat]
+    assert "1 files are left out that it also names by another folder" in caplog.text
+    whole = sorted([*flat, "crawl/2024-04/deep/2.txt", "crawl/2024-05/deep/2.txt"])
+    for pattern in ("crawl/**/*.txt", "**/*.txt", "crawl/**", "cr*/**/[12].txt", "crawl/*/**/*.txt", "**/crawl/**/*"):
+        assert source_files(f"{tmp_path}/{pattern}") == [tmp_path / name for name in whole], pattern
+    assert source_files(f"{tmp_path}/**/deep/*") == [tmp_path / name for name in whole if "deep" in name]
+
+
+UNREADABLE = {"a folder": "corpus", "any folders": "corpus/**/*.txt", "a folder's files": "corpus/*/*.txt"}
+
+
+@pytest.mark.parametrize("source", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_folder_that_cannot_be_read_is_bad_input(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as if it were empty."""
+    for name in ("corpus/yes/a.txt", "corpus/no/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("text")
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:  # what root is never told
+        if Path(path).name == "no":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(BadInputError, match=r"corpus/no cannot be read \(Permission denied\)"):
+        source_files(str(tmp_path / source))
 
 
 @pytest.mark.parametrize(

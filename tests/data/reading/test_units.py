@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from largeformer.data.reading import streams
+from largeformer.data.reading import units as units_module
 from largeformer.data.reading.sources import SourceFile
 from largeformer.data.reading.streams import Stream
 from largeformer.data.reading.text import Block, Document, Rejected, read_block
@@ -81,6 +83,26 @@ def test_reading_goes_on_from_the_end_of_any_unit(tmp_path: Path, ending: str) -
     for i, unit in enumerate(units):
         rest = list(read_units(source, 16 * KIB, 2**15, unit.end, i + 1))
         assert [(u.number, u.items, u.end) for u in rest] == [(u.number, u.items, u.end) for u in units[i + 1 :]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.gz", "cut.jsonl.gz", "cut.txt.gz", "cut.txt.zst"])
+def test_what_is_read_at_once_decides_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows about as long as is allowed, lines, and files that break off: who goes on from a unit's end reads at other places."""
+    for module, sizes in ((streams, {"_READ": 16, "_ZSTD_READ": 8}), (units_module, {"_STEP": 32, "_SEARCHED": 20})):
+        for key, size in sizes.items():
+            monkeypatch.setattr(module, key, size)
+    source = [SourceFile(tmp_path / name, name)]
+    ending = source[0].path.suffix if source[0].compression else ""
+    for seed in range(60):
+        draw = random.Random(seed)
+        lengths = draw.choices([0, 1, 5, 20, 60, 63, 64, 65, 90, 100, 110, 120, 130, 140, 200, 300], k=draw.randint(1, 12))
+        content = FORMS[ending](b"".join(draw.randbytes(length).hex().encode()[:length] + b"\n" for length in lengths))
+        source[0].path.write_bytes(content[: -draw.randint(1, 30)] if name.startswith("cut") else content)
+        limit = draw.choice([40, 100, 150])
+        units = list(read_units(source, 64, limit))
+        for i, unit in enumerate(units):
+            rest = list(read_units(source, 64, limit, unit.end, i + 1))
+            assert [(u.number, u.items, u.end) for u in rest] == [(u.number, u.items, u.end) for u in units[i + 1 :]], seed
 
 
 def test_a_file_is_cut_alike_whatever_stands_before_it(tmp_path: Path) -> None:

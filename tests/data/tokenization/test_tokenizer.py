@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -167,6 +168,25 @@ def test_a_model_made_elsewhere_puts_its_space_in_front_and_takes_it_away() -> N
     )
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
     assert tokenizer.pad == -1
+
+
+LOSSY = "bits per byte will be approximate"
+KEEPS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        pytest.param({**KEEPS, "add_dummy_prefix": False}, False, id="as we train them"),
+        pytest.param({**KEEPS, "add_dummy_prefix": True}, False, id="a space in front, as Llama's"),
+        pytest.param({}, True, id="SentencePiece's defaults"),
+        pytest.param({**KEEPS, "normalization_rule_name": "nmt_nfkc_cf"}, True, id="lower case"),
+    ],
+)
+def test_a_model_that_changes_text_is_told(options: dict[str, Any], said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x.model").write_bytes(foreign_model(**options))
+    load_tokenizer(tmp_path / "x.model", TokenizerConfig(vocab_size=330))
+    assert (LOSSY in caplog.text) is said
 
 
 def test_a_model_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
