@@ -19,9 +19,8 @@ class BatchSizes:
         steps = (self._final - ramp.start) // ramp.increment
         return ramp.start + ramp.increment * (consumed_samples * steps // ramp.samples)
 
-    def samples_after(self, iterations: int) -> int:
-        """Samples that the first `iterations` global batches consume."""
-        consumed = 0
+    def samples_after(self, iterations: int, consumed: int = 0) -> int:
+        """Samples that have been consumed once `iterations` global batches have followed `consumed` ones."""
         for done in range(iterations):
             if self.at(consumed) == self._final:
                 return consumed + (iterations - done) * self._final

@@ -112,11 +112,11 @@ class Checkpoints:
         if self._under_way is not None and self._engine.groups.largest(not self._under_way.writing.done()) == 0.0:
             self._complete()
 
-    def finish(self) -> None:
-        """Wait for what is under way. Raises SaveError where the last checkpoint is not on disk."""
+    def finish(self, *, last_counts: bool = True) -> None:
+        """Wait for what is under way. Raises SaveError where the last checkpoint is not on disk, if the run is to end with it."""
         self._complete()
         self._behind.shutdown()
-        if self._failure is not None:
+        if last_counts and self._failure is not None:
             raise self._failure
 
     def _complete(self) -> None:

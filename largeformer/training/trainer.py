@@ -43,8 +43,8 @@ class Checkpointer(Protocol):
     def poll(self) -> None:
         """At a step boundary: finish what was written meanwhile."""
 
-    def finish(self) -> None:
-        """Wait for what is under way. Raises RuntimeError where the last checkpoint is not on disk."""
+    def finish(self, *, last_counts: bool) -> None:
+        """Wait for what is under way. Raises RuntimeError where the last checkpoint is not on disk, if the run is to end with it."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ def fit(run: Training) -> Outcome:
     if outcome != "rewind" and run.progress.step > started_at:
         _save(run, watch)
     with guards.watchdog.suspended("the last checkpoint"):
-        run.checkpoints.finish()
+        run.checkpoints.finish(last_counts=outcome != "rewind")
     return outcome or ("finished" if run.progress.step >= run.train.train_iters else "exit requested")
 
 

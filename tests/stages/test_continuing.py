@@ -13,9 +13,12 @@ import yaml
 
 from largeformer import cli
 from largeformer.artifact import Artifact
+from largeformer.checkpoint.commit import SaveError
 from largeformer.config.schema import Recipe
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
+from largeformer.training import saving
+from largeformer.training.anomalies import LossSpikes
 from largeformer.training.checkpointing import Progress
 from largeformer.training.rewind import Rewind, read_rewinds, write_rewinds
 from tests.recipes import TINY
@@ -24,7 +27,13 @@ AT_ONCE = {"patience": 1, "min_delta": 1000.0}  # the second validation improves
 
 
 def pretrain(
-    run: Path, steps: int, load: Path | None = None, model: dict[str, Any] | None = None, fresh: bool = False, **train: Any
+    run: Path,
+    steps: int,
+    load: Path | None = None,
+    model: dict[str, Any] | None = None,
+    fresh: bool = False,
+    guards: dict[str, Any] | None = None,
+    **train: Any,
 ) -> int:
     tree = {
         **TINY,
@@ -33,6 +42,7 @@ def pretrain(
         "train": {**TINY["train"], "train_iters": steps, "eval_interval": 1, "eval_iters": 1, **train},
         "checkpoint": {"save_interval": 1, "load": None if load is None else str(load)},
         "tracking": {"wandb": {"mode": "offline"}, "tensorboard": False},
+        "guards": guards or {},
     }
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_suffix(".yaml")
@@ -92,13 +102,73 @@ def test_another_runs_spikes_are_its_own(stopped_early: Path, tmp_path: Path) ->
     assert window == [2, 3]
 
 
-def test_a_checkpoint_that_read_more_than_this_recipes_batches_is_refused(
-    stopped_early: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two steps of four samples each, taken for two steps of two."""
-    assert pretrain(tmp_path / "smaller", 6, stopped_early, global_batch_size=2) == 2
-    assert "has read 8 samples, more than 2 steps of this recipe's batches" in capsys.readouterr().err
-    assert pretrain(tmp_path / "larger", 3, stopped_early, global_batch_size=8) == 0
+def test_batches_of_another_size_go_on_behind_what_was_read(stopped_early: Path, tmp_path: Path) -> None:
+    """Two steps of four samples each came first."""
+    for name, size in (("smaller", 2), ("larger", 8)):
+        assert pretrain(tmp_path / name, 6, stopped_early, global_batch_size=size) == 0
+        assert state(tmp_path / name, 6)["progress"]["samples"] == 8 + 4 * size
+
+
+def test_a_run_goes_on_where_its_source_is_gone(stopped_early: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = tmp_path / "source", tmp_path / "second"
+    shutil.copytree(stopped_early, source)
+    identity = (Artifact.read(source / "pretrain") or pytest.fail("no manifest")).identity
+    assert pretrain(second, 6, source, exit_iteration=4) == 0 and not (second / "pretrain" / "manifest.json").exists()
+    manifest = source / "pretrain" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(identity, "2222"))
+    assert pretrain(second, 6, source) == 2 and f"went on from another pretrain ({identity}) than stands in" in capsys.readouterr().err
+    shutil.rmtree(source)
+    assert pretrain(second, 6, source) == 0
+    made = Artifact.read(second / "pretrain")
+    assert made is not None and made.parents["pretrain"] == identity
+    assert state(second, 6)["progress"] == {**state(second, 4)["progress"], "step": 6, "samples": 24} | {
+        key: value for key, value in state(second, 6)["progress"].items() if key not in ("step", "samples")
+    }
+
+
+@pytest.fixture
+def spikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """At which steps of a process, in this order, the loss is a spike."""
+    wanted: list[int] = []
+    steps = iter(range(1, 1000))
+    score = LossSpikes.score
+
+    def scored(self: LossSpikes, loss: float) -> float:
+        z = score(self, loss)
+        return 99.0 if next(steps) in wanted else z
+
+    monkeypatch.setattr(LossSpikes, "score", scored)
+    return wanted
+
+
+REWINDING = {"spike_action": "rewind", "rewind_steps": 2}
+
+
+@pytest.mark.parametrize("guards", [{}, REWINDING], ids=["logged", "rewound again"])
+def test_what_another_run_left_out_is_read_past(guards: dict[str, Any], spikes: list[int], tmp_path: Path) -> None:
+    spikes += [4, 9]  # the first run: three steps, the spike, then three from the checkpoint of step 3; the second: its second step
+    assert pretrain(tmp_path / "first", 6, guards=REWINDING) == 0
+    assert state(tmp_path / "first", 6)["progress"]["samples"] == 6 * 4 + 4
+    assert pretrain(tmp_path / "second", 10, tmp_path / "first", guards=guards) == 0
+    assert state(tmp_path / "second", 10)["progress"]["samples"] == 10 * 4 + 4 + (4 if guards else 0)
+    assert len(read_rewinds(tmp_path / "second" / "pretrain")) == bool(guards)
+
+
+def test_a_spike_behind_a_save_that_failed_is_gone_back_before(spikes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, begin = [], saving.begin
+
+    def full_once(folder: Path, step: int) -> Path:
+        begun.append(step)
+        if begun.count(4) == 1 and step == 4:
+            raise SaveError("step 4 was not saved: no space left")
+        return begin(folder, step)
+
+    monkeypatch.setattr(saving, "begin", full_once)
+    spikes += [5]
+    run = tmp_path / "run"
+    assert pretrain(run, 8, guards={"spike_action": "rewind", "rewind_steps": 6}) == 0
+    events = [json.loads(line) for line in (run / "pretrain" / "events.jsonl").read_text().splitlines()]
+    assert begun == [1, 2, 3, 4, 4, 5, 6, 7, 8] and [event["step"] for event in events if event["event"] == "rewound"] == [3]
 
 
 def test_what_another_recipe_left_out_is_not_left_out(tmp_path: Path) -> None:

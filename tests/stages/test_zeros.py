@@ -158,11 +158,16 @@ def test_onnx_files_say_it_too(copy: Path) -> None:
     assert found["model"]["zeros"] == zeros and found["model_int8"]["zeros"] >= zeros
 
 
-def test_training_that_goes_on_from_a_pruned_model_holds_its_zeros(copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [False, True], ids=["all there", "the pruned model gone meanwhile"])
+def test_training_that_goes_on_from_a_pruned_model_holds_its_zeros(copy: Path, tmp_path: Path, gone: bool) -> None:
     """Also where it is stopped and gone on with."""
     recipe = str(write_recipe(tmp_path / "tuned", checkpoint={"load": str(copy / "prune"), "save_interval": 1}))
     assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=1"]) == 0
+    if gone:
+        (copy / "prune").rename(copy / "elsewhere")
     assert cli.main(["pretrain", "-c", recipe]) == 0
+    if gone:
+        (copy / "elsewhere").rename(copy / "prune")
     tuned, before = stored(tmp_path / "tuned" / "run", "pretrain"), stored(copy, "prune")
     assert not dict(zeros_lost(before, tuned))
     name = "decoder.layers.1.mlp.linear_fc2.weight"
@@ -170,13 +175,17 @@ def test_training_that_goes_on_from_a_pruned_model_holds_its_zeros(copy: Path, t
     assert metrics(tmp_path / "tuned" / "run", "pretrain")["sparsity"]["overall"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["in one", "gone on with"])
 def test_training_that_has_lost_a_zero_fails(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stopped: bool
 ) -> None:
+    settings = {"checkpoint": {"load": str(copy / "prune"), "save_interval": 1}, "optimizer": {"lr_decay_style": "constant"}}
+    recipe = str(write_recipe(tmp_path / "tuned", **settings))
+    if stopped:
+        assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=1"]) == 0
     monkeypatch.setattr("largeformer.training.masks._hold", lambda parameter, parts: None)
-    recipe = str(write_recipe(tmp_path / "tuned", checkpoint={"load": str(copy / "prune")}))
     assert cli.main(["pretrain", "-c", recipe]) == 1
-    assert LOST in capfd.readouterr().err
+    assert ("has lost zeros of the model that it was made from" if stopped else LOST) in capfd.readouterr().err
     assert not (tmp_path / "tuned" / "run" / "pretrain" / "manifest.json").exists()
 
 

@@ -61,7 +61,8 @@ class Saved:
         self.states += self.asked
         self.asked.clear()
 
-    finish = poll
+    def finish(self, *, last_counts: bool) -> None:
+        self.poll()
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,15 @@ class Feed:
     parts: dict[str, Stateful] = field(default_factory=dict)
 
 
-def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog) -> Feed:
-    """Open the prepared data. Collective."""
+def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequence[GPT], watchdog: Watchdog, samples: int) -> Feed:
+    """Open the prepared data, of which training may come to read so many samples. Collective."""
     from largeformer.data.loader import SourceBatches, fixed_batches
     from largeformer.data.ramp import BatchSizes
     from largeformer.data.splits import SourceDraws
     from largeformer.evaluation.perplexity import evaluate
     from largeformer.training.source_losses import FollowedBatches
 
-    train, text = recipe.train, _open(recipe, world, prepared)
+    train, text = recipe.train, _open(recipe, world, prepared, samples)
     training, validation = text.splits.train, text.splits.valid
     assert training is not None and validation is not None, "samples of both were asked for"
 
@@ -62,23 +62,25 @@ def build_feed(recipe: Recipe, world: World, prepared: Artifact, chunks: Sequenc
 
 def training_batches(recipe: Recipe, world: World, prepared: Artifact) -> Callable[[int], BatchSource]:
     """The training batches from a sample on, without what accompanies training; their order may not depend on losses. Collective."""
-    text = _open(recipe, world, prepared)
+    text = _open(recipe, world, prepared, samples_to_train_on(recipe))
     assert text.splits.train is not None, "samples of it were asked for"
     return _batches_of(recipe, text.splits.train, text)
 
 
 def check_text(recipe: Recipe, world: World, prepared: Artifact) -> None:
     """Raise BadInputError where training could not read the prepared data as the recipe wants it. Collective."""
-    _open(recipe, world, prepared)
+    _open(recipe, world, prepared, samples_to_train_on(recipe))
 
 
-def samples_to_train_on(recipe: Recipe) -> int:
-    """How many samples a run may come to read: its own, and those that take the place of what is left out."""
+def samples_to_train_on(recipe: Recipe, step: int = 0, read: int = 0, left_out: int = 0) -> int:
+    """How many samples a run may come to read: its own, and those that take the place of what is left out. One that is at `step` and has
+    `read` more than such steps do, `left_out` of them its own, goes on behind what another run had read."""
     from largeformer.data.ramp import BatchSizes
 
-    train = recipe.train
+    train, sizes = recipe.train, BatchSizes(recipe.train)
     spare = recipe.guards.rewind_steps * train.global_batch_size if recipe.guards.rewinds else 0
-    return BatchSizes(train).samples_after(train.train_iters) + spare
+    behind = sizes.samples_after(train.train_iters - step, read) - left_out
+    return max(sizes.samples_after(train.train_iters), behind) + spare
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class _Text:
     reading: Reading
 
 
-def _open(recipe: Recipe, world: World, prepared: Artifact) -> _Text:
+def _open(recipe: Recipe, world: World, prepared: Artifact, samples: int) -> _Text:
     from largeformer.data.indexed import check_tokenizer
     from largeformer.data.loader import Reading
     from largeformer.data.packing import Packing
@@ -98,7 +100,7 @@ def _open(recipe: Recipe, world: World, prepared: Artifact) -> _Text:
     check_tokenizer(tokenizer.unique_identifiers, prepared.metrics, prepared.path)
     packing = Packing.of(recipe.data, tokenizer.eod)
     reading = Reading(recipe.train.micro_batch_size, at.data, layout.data, packing, world.device, recipe.data.num_workers)
-    return _Text(tokenizer, _splits(recipe, prepared), reading)
+    return _Text(tokenizer, _splits(recipe, prepared, samples), reading)
 
 
 def _batches_of(recipe: Recipe, training: Samples, text: _Text) -> Callable[[int], BatchSource]:
@@ -111,7 +113,7 @@ def _batches_of(recipe: Recipe, training: Samples, text: _Text) -> Callable[[int
     return lambda sample: Batches(varied, sizes.at, text.reading, sample)
 
 
-def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
+def _splits(recipe: Recipe, prepared: Artifact, samples: int) -> Splits:
     from largeformer.data.splits import build_splits
 
     train = recipe.train
@@ -120,7 +122,7 @@ def _splits(recipe: Recipe, prepared: Artifact) -> Splits:
         recipe.model.seq_length,
         prepared_data.open_tokenizer(recipe, prepared.path),
         prepared_data.prefixes(recipe, prepared.path),
-        (samples_to_train_on(recipe), train.eval_iters * train.global_batch_size, 0),
+        (samples, train.eval_iters * train.global_batch_size, 0),
         recipe.run.seed,
         prepared.path / "cache",
     )

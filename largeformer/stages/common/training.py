@@ -19,7 +19,7 @@ from largeformer.config.load import recipe_yaml
 from largeformer.config.schema import Recipe
 from largeformer.errors import StageFailed
 from largeformer.stages.common import interruptions, prepared_data
-from largeformer.stages.common.feeding import build_feed
+from largeformer.stages.common.feeding import build_feed, samples_to_train_on
 from largeformer.stages.common.planned import plan_errors, planned_columns
 from largeformer.stages.common.sampling import build_sampler
 from largeformer.stages.common.world import World
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.tracking.tracker import FanOut
-    from largeformer.training.checkpointing import Stateful, TrainingState
+    from largeformer.training.checkpointing import Progress, Stateful, TrainingState
     from largeformer.training.engine import Engine
     from largeformer.training.metrics import Machine
+    from largeformer.training.rewind import Rewind
     from largeformer.training.trainer import BatchSource, Outcome, Training
 
 LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
@@ -174,7 +175,7 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
         stopping=interruptions.announcer(recipe, job.folder.name),
         hanging=interruptions.hanging(recipe, job.folder.name),
     )
-    feed = build_feed(recipe, world, job.prepared, chunks, guards.watchdog)
+    feed = build_feed(recipe, world, job.prepared, chunks, guards.watchdog, _samples(recipe, state.progress, rewinds))
     accompanied = job.accompany(engine, LeavingOut(feed.open_at, state.progress.samples, rewinds))
     training = Training(
         train=recipe.train,
@@ -198,6 +199,11 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
     )
     state.restore(training.parts)
     return training, tracker
+
+
+def _samples(recipe: Recipe, at: Progress, rewinds: Sequence[Rewind]) -> int:
+    left_out = sum(rewind.end - rewind.first for rewind in rewinds if rewind.first < at.samples)
+    return samples_to_train_on(recipe, at.step, at.samples, left_out)
 
 
 def _resume_from(checkpoints: Path, hashes: bool, continues: Found | None, world: World) -> Found | None:
