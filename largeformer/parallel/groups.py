@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from largeformer.errors import BadInputError
 from largeformer.layout import Coordinates, Layout
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -122,17 +123,26 @@ class ParallelGroups:
 
 
 def join_world(rank: int, world_size: int, init_method: str, device: torch.device) -> None:
-    """Join the world of `world_size` processes: NCCL on GPUs, gloo on CPUs. Safe to call again."""
+    """Join the world of `world_size` processes: NCCL on GPUs, gloo on CPUs. Safe to call again. Raises BadInputError where something else
+    listens at the port that rank 0 would."""
     if not dist.is_initialized():
         on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method=init_method,
-            rank=rank,
-            world_size=world_size,
-            timeout=TIMEOUT,
-            device_id=device if on_gpu else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                init_method=init_method,
+                rank=rank,
+                world_size=world_size,
+                timeout=TIMEOUT,
+                device_id=device if on_gpu else None,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise BadInputError(
+                f"the ranks cannot meet at {init_method}: that port is taken, perhaps by another run on this machine; choose another "
+                "(deepspeed --master_port, or MASTER_PORT)"
+            ) from error
 
 
 def create_groups(layout: Layout) -> ParallelGroups:

@@ -93,8 +93,9 @@ class Preparation:
                 write_atomically(self.folder / QUARANTINE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
             raise
         run = self.recipe.run.output_dir
+        own = Path(run).resolve()
         for source in sources:
-            if source.pair is None and any(Path(run).resolve() in file.path.resolve().parents for file in source.files):
+            if source.pair is None and any(own in file.path.resolve().parents for file in source.files):
                 raise BadInputError(
                     f"data.sources path {source.path!r} holds run.output_dir {run}, whose files are no text: put it elsewhere"
                 )

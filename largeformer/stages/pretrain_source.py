@@ -14,7 +14,7 @@ from typing import Any
 from largeformer.artifact import Artifact, write_atomically
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError, StageFailed
-from largeformer.stages.common.claim import identity_in, set_aside
+from largeformer.stages.common.claim import holds_results, identity_in, set_aside
 from largeformer.stages.common.prepared_data import another_tokenizer
 from largeformer.stages.common.sparse import is_sparse, sparsity_trained
 from largeformer.stages.common.training import TrainingJob
@@ -43,7 +43,7 @@ def check_source(recipe: Recipe, folder: Path, fresh: bool) -> None:
     """Raise BadInputError where the training in `folder` went on from what stood at `checkpoint.load` before another took its place; with
     `fresh` the folder is set aside instead. Where nobody can tell, or the source is gone, it is needed no more. On rank 0 only."""
     load = recipe.checkpoint.load
-    if load is None or identity_in(folder, "pretrain") != recipe.identity("pretrain"):
+    if load is None or not holds_results(folder) or identity_in(folder, "pretrain") != recipe.identity("pretrain"):
         return
     held, now = _parents_in(folder), _made_by(Path(load))
     if now is None or held.get(now.kind, now.identity) == now.identity:
@@ -143,10 +143,10 @@ def _parents_in(folder: Path) -> Mapping[str, str]:
 
 def _made_by(load: Path) -> Artifact | None:
     """The finished stage whose checkpoint `load` names; None where nobody can tell, or it is gone."""
-    from largeformer.checkpoint.verify import find
+    from largeformer.checkpoint.commit import candidates
 
     try:
-        return Artifact.read(find(load, False).checkpoint.parent.parent)
+        return Artifact.read(candidates(load)[0].parent.parent)
     except BadInputError:
         return None
 

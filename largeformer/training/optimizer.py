@@ -8,15 +8,21 @@ from typing import Any
 import torch
 
 from largeformer.config.schema import OptimizerConfig
+from largeformer.errors import BadInputError
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter], offloaded: bool) -> torch.optim.Optimizer:
     """AdamW (decoupled decay, Loshchilov and Hutter 2019), Adam (decay added to the gradient) or SGD with momentum.
 
     `offloaded`: ZeRO keeps the optimizer's state on the CPU or on NVMe. Call before `deepspeed.initialize`, while every
-    parameter still has its shape.
+    parameter still has its shape. Raises BadInputError where the backend cannot update parameters on their device.
     """
     groups = parameter_groups(parameters, config.weight_decay)
+    if config.backend == "deepspeed_cpu" and not offloaded and any(one.device.type != "cpu" for group in groups for one in group["params"]):
+        raise BadInputError(
+            "optimizer.backend deepspeed_cpu updates on the CPU, and this model trains on a GPU: set it to auto, or offload the optimizer "
+            "(deepspeed=zero2_offload_cpu)"
+        )
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     backend = resolve_backend(config, offloaded)
     if config.type == "sgd":

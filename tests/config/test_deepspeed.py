@@ -119,6 +119,14 @@ BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["optimizer.backend=deepspeed_fused"],
         ["offload_optimizer to cpu updates on the CPU, where optimizer.backend deepspeed_fused cannot run"],
     ),
+    "gradients scaled before they are scattered": (
+        zero(3) | {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+        [],
+        [
+            "prescale_gradients true does not go with ZeRO stage 3",
+            "gradient_predivide_factor 2.0 does not go with ZeRO stage 3",
+        ],
+    ),
     "three at once": (
         zero(2, stage3_max_live_parameter=1) | {"gradient_clipping": 0.1},
         ["parallel.pipeline_model_parallel_size=2"],

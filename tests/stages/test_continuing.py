@@ -21,6 +21,7 @@ from largeformer.training import saving
 from largeformer.training.anomalies import LossSpikes
 from largeformer.training.checkpointing import Progress
 from largeformer.training.rewind import Rewind, read_rewinds, write_rewinds
+from tests.commands import run_command
 from tests.recipes import TINY
 
 AT_ONCE = {"patience": 1, "min_delta": 1000.0}  # the second validation improves on nothing
@@ -33,6 +34,7 @@ def pretrain(
     model: dict[str, Any] | None = None,
     fresh: bool = False,
     guards: dict[str, Any] | None = None,
+    ranks: int = 1,
     **train: Any,
 ) -> int:
     tree = {
@@ -47,7 +49,8 @@ def pretrain(
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree))
-    return cli.main(["pretrain", "-c", str(path), *(["--fresh"] if fresh else [])])
+    command = ["pretrain", "-c", str(path), *(["--fresh"] if fresh else [])]
+    return cli.main(command) if ranks == 1 else max(abs(one.returncode) for one in run_command(*command, ranks=ranks, timeout=60))
 
 
 def state(run: Path, step: int) -> dict[str, Any]:
@@ -124,6 +127,26 @@ def test_a_run_goes_on_where_its_source_is_gone(stopped_early: Path, tmp_path: P
     assert state(second, 6)["progress"] == {**state(second, 4)["progress"], "step": 6, "samples": 24} | {
         key: value for key, value in state(second, 6)["progress"].items() if key not in ("step", "samples")
     }
+
+
+def test_two_ranks_go_on_from_another_run_and_from_their_own(stopped_early: Path, tmp_path: Path) -> None:
+    """What rank 0 alone looks at calls no other rank."""
+    assert pretrain(tmp_path / "second", 6, stopped_early, exit_iteration=4, ranks=2) == 0
+    for _ in ("goes on", "has finished"):
+        assert pretrain(tmp_path / "second", 6, stopped_early, ranks=2) == 0
+    assert last_step(tmp_path / "second") == 6
+
+
+def test_what_saved_nothing_belongs_to_no_source(stopped_early: Path, tmp_path: Path) -> None:
+    """A source that another took the place of, before the first checkpoint, is simply gone on from."""
+    second = tmp_path / "second"
+    assert pretrain(second, 4, stopped_early) == 0
+    shutil.rmtree(second / "pretrain" / "checkpoints")
+    (second / "pretrain" / "manifest.json").unlink()
+    noted = second / "pretrain" / "source.json"
+    noted.write_text(noted.read_text().replace(json.loads(noted.read_text())["identity"], "2222"))
+    assert pretrain(second, 4, stopped_early) == 0
+    assert json.loads(noted.read_text())["identity"] == (Artifact.read(stopped_early / "pretrain") or pytest.fail("gone")).identity
 
 
 @pytest.fixture

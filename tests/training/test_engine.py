@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from largeformer.config.schema import Recipe
+from largeformer.config.schema import OptimizerConfig, Recipe
 from largeformer.errors import BadInputError
 from largeformer.stages.common.world import check_world
+from largeformer.training.optimizer import build_optimizer
 from tests.distributed import RankContext, RankPool
 from tests.recipes import tiny_recipe
 from tests.training.engines import bench_of, sgd_recipe
@@ -35,6 +37,12 @@ def test_optimizer_of_auto(ranks: Callable[[int], RankPool], tmp_path: Path, cas
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
     recipe = sgd_recipe(optimizer={"type": "adamw", "backend": "auto"}, deepspeed=str(tmp_path / "own.json"))
     assert ranks(1).run(kind_of_optimizer, recipe) == [expected]
+
+
+def test_an_optimizer_of_the_cpu_wants_parameters_there() -> None:
+    config = OptimizerConfig(lr=1e-3, backend="deepspeed_cpu")
+    with pytest.raises(BadInputError, match="deepspeed_cpu updates on the CPU, and this model trains on a GPU"):
+        build_optimizer(config, [torch.nn.Parameter(torch.ones(2, 2, device="meta"))], offloaded=False)
 
 
 WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {

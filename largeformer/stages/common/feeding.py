@@ -73,8 +73,8 @@ def check_text(recipe: Recipe, world: World, prepared: Artifact) -> None:
 
 
 def samples_to_train_on(recipe: Recipe, step: int = 0, read: int = 0, left_out: int = 0) -> int:
-    """How many samples a run may come to read: its own, and those that take the place of what is left out. One that is at `step` and has
-    `read` more than such steps do, `left_out` of them its own, goes on behind what another run had read."""
+    """How many samples a run may come to read: its own, and those that take the place of what is left out. One that is at `step`,
+    has `read` so many and `left_out` some of its own, may have begun behind what another run had read."""
     from largeformer.data.ramp import BatchSizes
 
     train, sizes = recipe.train, BatchSizes(recipe.train)
