@@ -57,7 +57,6 @@ SECTIONS: dict[str, frozenset[str]] = {
             "stage3_max_live_parameters",
             "stage3_max_reuse_distance",
             "stage3_gather_16bit_weights_on_model_save",
-            "stage3_module_granularity_threshold",
             "stage3_use_all_reduce_for_fetch_params",
             "stage3_allgather_sequential",
             "ignore_unused_parameters",
@@ -104,6 +103,7 @@ HARMLESS: dict[str, object] = {
     "managed_gradient_accumulation": True,
     "sequence_parallel_size": 1,
     "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
     "zero_optimization.offload_optimizer.ratio": 1.0,
     "data_types.keep_in_fp32_modules": "auto",
 }
@@ -160,6 +160,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "clipping and the log need the gradient norm: remove it",
     "zero_optimization.zenflow": f"{_NOT_HERE}: remove it",
     "zero_optimization.leaf_module": "mixture of experts is not supported yet: remove it",
+    "zero_optimization.stage3_module_granularity_threshold": "modules that are gathered whole fail in the backward pass: remove it",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "there is no Muon optimizer here: remove it",
     "zero_optimization.elastic_checkpoint": "largeformer's own checkpoints load at any layout: remove it",
     "zero_optimization.pipeline_loading_checkpoint": "largeformer's own checkpoints load at any layout: remove it",

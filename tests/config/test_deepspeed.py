@@ -93,6 +93,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         [],
         ["zero_optimization.round_robin_gradients is refused, because checkpoints would get one parameter's state for another's"],
     ),
+    "modules gathered whole": (
+        zero(3, stage3_module_granularity_threshold=1000),
+        [],
+        ["zero_optimization.stage3_module_granularity_threshold is refused, because modules that are gathered whole fail"],
+    ),
     "a part of the optimizer on the GPU": (
         zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
         [],
