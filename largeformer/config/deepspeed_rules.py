@@ -120,13 +120,10 @@ def zero_problems(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[str]:
             f"{place}: offload_optimizer to {zero.offload_optimizer} updates on the CPU, where optimizer.backend deepspeed_fused cannot "
             "run: set optimizer.backend to auto or deepspeed_cpu"
         )
-    if zero.stage >= 2 and lookup(raw, "zero_optimization.reduce_scatter") is not False:
+    if zero.stage == 3 or (zero.stage == 2 and lookup(raw, "zero_optimization.reduce_scatter") is not False):
         for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
             if (given := lookup(raw, key)) not in (None, AUTO, usual):
-                yield (
-                    f"{place}: {key} {shown(given)} does not go with ZeRO stage {zero.stage}, which scatters as it reduces: remove it, "
-                    "or set zero_optimization.reduce_scatter to false"
-                )
+                yield f"{place}: {key} {shown(given)} does not go with ZeRO stage {zero.stage}, which averages gradients itself: remove it"
     if precision == "bf16" and lookup(raw, "bf16.immediate_grad_update") is False:
         yield f'{place}: bf16.immediate_grad_update false fails with accumulation in fp32 (train.precision bf16): write "auto" there'
 

@@ -5,6 +5,8 @@ Whatever is interrupted is gone on with by the same call: a finished part is not
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import logging
 import shutil
@@ -93,9 +95,8 @@ class Preparation:
                 write_atomically(self.folder / QUARANTINE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
             raise
         run = self.recipe.run.output_dir
-        own = Path(run).resolve()
         for source in sources:
-            if source.pair is None and any(own in file.path.resolve().parents for file in source.files):
+            if source.pair is None and _holds(source, Path(run).resolve()):
                 raise BadInputError(
                     f"data.sources path {source.path!r} holds run.output_dir {run}, whose files are no text: put it elsewhere"
                 )
@@ -260,3 +261,9 @@ def _read_before(source: Source, cursor: Cursor) -> int:
     before = sum(file.fingerprint[0] for file in source.files[: cursor.file])
     inside = cursor.file < len(source.files) and not source.files[cursor.file].compression
     return before + (cursor.offset if inside else 0)
+
+
+def _holds(source: Source, folder: Path) -> bool:
+    """Whether the source is a folder, or a glob from one, that has `folder` in it, and files from there."""
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), Path(source.path).expanduser().parts)
+    return folder not in Path(*plain).resolve().parents and any(folder in file.path.resolve().parents for file in source.files)

@@ -1,6 +1,6 @@
 """What a `pretrain` with `checkpoint.load` goes on from, and what it keeps of that once it has checkpoints of its own.
 
-folder/source.json    the checkpoint, its stage and identity, and whether its zeros are a mask: a run goes on where the checkpoint is gone
+folder/source.json    the checkpoint, its stage and identity, where it stood, and its zeros that are a mask: a run goes on without it
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from largeformer.artifact import Artifact, write_atomically
+from largeformer.artifact import Artifact, file_sha256, write_atomically
+from largeformer.checkpoint.manifest import MANIFEST
 from largeformer.config.schema import Recipe
 from largeformer.errors import BadInputError, StageFailed
 from largeformer.stages.common.claim import holds_results, identity_in, set_aside
+from largeformer.stages.common.inputs import SOURCE
 from largeformer.stages.common.prepared_data import another_tokenizer
 from largeformer.stages.common.sparse import is_sparse, sparsity_trained
 from largeformer.stages.common.training import TrainingJob
 from largeformer.stages.common.weights import reads_by
 from largeformer.stages.common.world import World
 
-_FILE = "source.json"
-
 
 @dataclass(frozen=True)
 class _Origin:
-    """`kind`, `identity`: of the stage that saved `checkpoint`; None where it has not finished."""
+    """`digest`: of the checkpoint's list of files. `step`, `samples`: what had been trained and read there. `zeros`: the share of the
+    weights of linear layers that is 0, where the zeros are a mask. `kind`, `identity`: of the stage that saved it, once it has finished."""
 
     checkpoint: str
-    sparse: bool
+    digest: str
+    step: int
+    samples: int
+    zeros: float | None
     kind: str | None = None
     identity: str | None = None
 
@@ -37,6 +41,14 @@ class _Origin:
     def parents(self) -> dict[str, Artifact]:
         folder = Path(self.checkpoint).absolute().parent.parent
         return {} if self.kind is None or self.identity is None else {self.kind: Artifact(self.kind, folder, self.identity)}
+
+    @property
+    def stands(self) -> bool:
+        """Whether the checkpoint is where it was, whole. On one process."""
+        from largeformer.checkpoint.verify import quick_problems
+
+        start = Path(self.checkpoint)
+        return not quick_problems(start) and file_sha256(start / MANIFEST) == self.digest
 
 
 def check_source(recipe: Recipe, folder: Path, fresh: bool) -> None:
@@ -60,7 +72,6 @@ def continued(recipe: Recipe, world: World, job: TrainingJob) -> tuple[TrainingJ
     """The job as it goes on from `checkpoint.load`, or with what it has saved since; zeros of a pruned model stay. Collective. Raises
     BadInputError where there is no checkpoint, one that reads by another tokenizer, or nothing left to train."""
     from largeformer.checkpoint.commit import committed
-    from largeformer.checkpoint.verify import find
 
     own = job.folder / "checkpoints"
 
@@ -70,17 +81,16 @@ def continued(recipe: Recipe, world: World, job: TrainingJob) -> tuple[TrainingJ
 
     there = world.from_main(begun)
     job, origin = _begun_from(recipe, world, job) if there is None else (job, there)
-    job = replace(job, parents=origin.parents)
-    if not origin.sparse:
+    job = replace(job, parents=origin.parents, behind=(origin.step, origin.samples))
+    if origin.zeros is None:
         return job, origin
-    if there is None:
-        return _holding(world, job, Path(origin.checkpoint)), origin
-    return _still_holding(world, job, find(own, recipe.checkpoint.verify == "sha256").checkpoint), origin
+    stands = world.from_main(lambda: origin.stands)
+    return (_holding(world, job, Path(origin.checkpoint)) if stands else _holding_its_own(world, job, origin.zeros)), origin
 
 
 def note(folder: Path, origin: _Origin) -> None:
     """For `continued`, once the folder is this training's. On rank 0 only."""
-    write_atomically(folder / _FILE, (json.dumps(asdict(origin), indent=2) + "\n").encode())
+    write_atomically(folder / SOURCE, (json.dumps(asdict(origin), indent=2) + "\n").encode())
 
 
 def _begun_from(recipe: Recipe, world: World, job: TrainingJob) -> tuple[TrainingJob, _Origin]:
@@ -89,17 +99,19 @@ def _begun_from(recipe: Recipe, world: World, job: TrainingJob) -> tuple[Trainin
 
     found = find(Path(recipe.checkpoint.load or ""), recipe.checkpoint.verify == "sha256")
     start = found.checkpoint
-    state, made_by, sparse = world.from_main(lambda: (read_state(start), Artifact.read(start.parent.parent), is_sparse(start)))
+    state, made_by = world.from_main(lambda: (read_state(start), Artifact.read(start.parent.parent)))
     told = state["extra"].get("text") or world.from_main(lambda: reads_by(start))
     if other := another_tokenizer(told, job.prepared):
         raise BadInputError(f"checkpoint.load {start} reads by {other}: prepare the text with the model's own (tokenizer.model)")
-    step = state["progress"]["step"]
+    step, samples = state["progress"]["step"], state["progress"]["samples"]
     if step >= recipe.train.train_iters:
         raise BadInputError(
             f"checkpoint.load {start} is of step {step}, and train.train_iters is {recipe.train.train_iters}, which counts from 0: set it "
             "to more"
         )
-    origin = _Origin(str(start), sparse, *((made_by.kind, made_by.identity) if made_by is not None else ()))
+    digest, zeros = world.from_main(lambda: (file_sha256(start / MANIFEST), _masked(start)))
+    made = () if made_by is None else (made_by.kind, made_by.identity)
+    origin = _Origin(str(start), digest, step, samples, zeros, *made)
     return replace(job, continues=found), origin
 
 
@@ -113,24 +125,31 @@ def _holding(world: World, job: TrainingJob, start: Path) -> TrainingJob:
     )
 
 
-def _still_holding(world: World, job: TrainingJob, last: Path) -> TrainingJob:
-    """The zeros are those of the training's own checkpoint `last`, which may be dropped before the end: they are counted."""
+def _holding_its_own(world: World, job: TrainingJob, zeros: float) -> TrainingJob:
+    """The model that had the mask is gone: the zeros are those of the training's newest checkpoint, no fewer than the share `zeros`."""
+    from largeformer.checkpoint.commit import newest
+    from largeformer.training.masks import hold_zeros
+
+    def last() -> Path:
+        found = world.from_main(lambda: newest(job.folder / "checkpoints"))
+        assert found is not None, "it goes on from its own"
+        return found
+
+    def measure(training: Any) -> dict[str, Any]:
+        found = sparsity_trained(world, last(), job.folder)
+        if found.get("sparsity", {}).get("overall", 0.0) < zeros:
+            raise StageFailed([f"{last()} has lost zeros of the model that it was made from"])
+        return found
+
+    return replace(job, alter=lambda chunks, shards: hold_zeros(last(), shards), measure=measure)
+
+
+def _masked(checkpoint: Path) -> float | None:
+    """The share of zeros over all linear layers, where they are a mask."""
     from largeformer.compression.pruning.sparsity import sparsity_metrics
     from largeformer.export.streaming import StoredTensors
 
-    count = world.from_main(lambda: sparsity_metrics(StoredTensors.of_checkpoint(last))["overall"])
-
-    def measure(training: Any) -> dict[str, Any]:
-        from largeformer.checkpoint.commit import newest
-
-        end = world.from_main(lambda: newest(job.folder / "checkpoints"))
-        assert end is not None, "training has saved its last step"
-        found = sparsity_trained(world, end, job.folder)
-        if found.get("sparsity", {}).get("overall", 0.0) < count:
-            raise StageFailed([f"{end} has lost zeros of the model that it was made from"])
-        return found
-
-    return replace(_holding(world, job, last), measure=measure)
+    return sparsity_metrics(StoredTensors.of_checkpoint(checkpoint))["overall"] if is_sparse(checkpoint) else None
 
 
 def _parents_in(folder: Path) -> Mapping[str, str]:
@@ -153,6 +172,6 @@ def _made_by(load: Path) -> Artifact | None:
 
 def _read(folder: Path) -> _Origin | None:
     try:
-        return _Origin(**json.loads((folder / _FILE).read_bytes()))
+        return _Origin(**json.loads((folder / SOURCE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None

@@ -93,6 +93,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         [],
         ["zero_optimization.round_robin_gradients is refused, because checkpoints would get one parameter's state for another's"],
     ),
+    "gradients scaled before they are reduced": (
+        zero(2) | {"prescale_gradients": True},
+        [],
+        ["prescale_gradients true does not go with ZeRO stage 2"],
+    ),
     "modules gathered whole": (
         zero(3, stage3_module_granularity_threshold=1000),
         [],
@@ -125,7 +130,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["offload_optimizer to cpu updates on the CPU, where optimizer.backend deepspeed_fused cannot run"],
     ),
     "gradients scaled before they are scattered": (
-        zero(3) | {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+        zero(3, reduce_scatter=False) | {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
         [],
         [
             "prescale_gradients true does not go with ZeRO stage 3",

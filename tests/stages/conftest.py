@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch.distributed as dist
 
+from largeformer.training.anomalies import LossSpikes
 from tests.one_process import one_process
 
 __all__ = ["one_process"]
@@ -35,3 +36,18 @@ def own_world_of_a_module() -> Iterator[None]:
     """The same of commands that a module's own fixtures ran."""
     with _nothing_left_behind():
         yield
+
+
+@pytest.fixture
+def spikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """At which steps of a process, in this order, the loss is a spike."""
+    wanted: list[int] = []
+    steps = iter(range(1, 1000))
+    score = LossSpikes.score
+
+    def scored(self: LossSpikes, loss: float) -> float:
+        z = score(self, loss)
+        return 99.0 if next(steps) in wanted else z
+
+    monkeypatch.setattr(LossSpikes, "score", scored)
+    return wanted

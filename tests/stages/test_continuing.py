@@ -15,10 +15,11 @@ from largeformer import cli
 from largeformer.artifact import Artifact
 from largeformer.checkpoint.commit import SaveError
 from largeformer.config.schema import Recipe
+from largeformer.data.ramp import BatchSizes
 from largeformer.stages.common import interruptions
 from largeformer.stages.common.claim import claim
+from largeformer.stages.common.feeding import samples_to_train_on
 from largeformer.training import saving
-from largeformer.training.anomalies import LossSpikes
 from largeformer.training.checkpointing import Progress
 from largeformer.training.rewind import Rewind, read_rewinds, write_rewinds
 from tests.commands import run_command
@@ -149,21 +150,6 @@ def test_what_saved_nothing_belongs_to_no_source(stopped_early: Path, tmp_path: 
     assert json.loads(noted.read_text())["identity"] == (Artifact.read(stopped_early / "pretrain") or pytest.fail("gone")).identity
 
 
-@pytest.fixture
-def spikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """At which steps of a process, in this order, the loss is a spike."""
-    wanted: list[int] = []
-    steps = iter(range(1, 1000))
-    score = LossSpikes.score
-
-    def scored(self: LossSpikes, loss: float) -> float:
-        z = score(self, loss)
-        return 99.0 if next(steps) in wanted else z
-
-    monkeypatch.setattr(LossSpikes, "score", scored)
-    return wanted
-
-
 REWINDING = {"spike_action": "rewind", "rewind_steps": 2}
 
 
@@ -175,6 +161,26 @@ def test_what_another_run_left_out_is_read_past(guards: dict[str, Any], spikes: 
     assert pretrain(tmp_path / "second", 10, tmp_path / "first", guards=guards) == 0
     assert state(tmp_path / "second", 10)["progress"]["samples"] == 10 * 4 + 4 + (4 if guards else 0)
     assert len(read_rewinds(tmp_path / "second" / "pretrain")) == bool(guards)
+
+
+def test_as_many_samples_are_asked_for_as_are_read_wherever_some_are_left_out() -> None:
+    """Also where the ramp of batch sizes ends earlier for it, and behind another run, of another size."""
+    train = {**TINY["train"], "train_iters": 40, "global_batch_size": 64, "rampup_batch_size": {"start": 8, "increment": 8, "samples": 400}}
+    recipe = Recipe.model_validate({**TINY, "train": train, "guards": {"spike_action": "rewind", "rewind_steps": 3}})
+    sizes = BatchSizes(recipe.train)
+
+    def most_read(step: int, read: int) -> int:
+        ends = []
+        for left_out_at in range(step, 40):
+            samples = read
+            for at in range(step, 40):
+                samples += 3 * 64 if at == left_out_at else 0
+                samples += sizes.at(samples)
+            ends.append(samples)
+        return max(ends)
+
+    for begun in ((0, 0), (4, 3000)):
+        assert samples_to_train_on(recipe, *begun) == most_read(*begun)
 
 
 def test_a_spike_behind_a_save_that_failed_is_gone_back_before(spikes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -261,6 +262,12 @@ def test_bad_input_stops_with_its_value_and_no_manifest(
         prepare.run(recipe(tmp_path, *(str(tmp_path / source) for source in sources), **sections))
     assert Artifact.read(tmp_path / "run" / "prepare") is None
     assert (read_status(tmp_path / "run") or {})["status"] == "failed"
+
+
+def test_text_within_the_runs_folder_is_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run" / "raw").mkdir(parents=True)
+    shutil.copy(text, tmp_path / "run" / "raw")
+    assert prepare.run(recipe(tmp_path, str(tmp_path / "run" / "raw"))).metrics["sources"][0]["documents"] > 0
 
 
 def test_all_bad_sources_are_reported_at_once(tmp_path: Path, text: str) -> None:

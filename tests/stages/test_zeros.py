@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from largeformer import cli
 from largeformer.compression.pruning.sparsity import count_zeros, zeros_lost
 from largeformer.export.streaming import StoredTensors
+from largeformer.training.rewind import read_rewinds
 from tests.recipes import TINY
 
 STEPS = 2
@@ -158,34 +159,72 @@ def test_onnx_files_say_it_too(copy: Path) -> None:
     assert found["model"]["zeros"] == zeros and found["model_int8"]["zeros"] >= zeros
 
 
-@pytest.mark.parametrize("gone", [False, True], ids=["all there", "the pruned model gone meanwhile"])
+WHERE = {"all there": False, "the pruned model gone meanwhile": True}
+
+
+@pytest.mark.parametrize("gone", WHERE.values(), ids=WHERE)
 def test_training_that_goes_on_from_a_pruned_model_holds_its_zeros(copy: Path, tmp_path: Path, gone: bool) -> None:
-    """Also where it is stopped and gone on with."""
+    """Also where it is stopped and gone on with, by another run before it has finished."""
     recipe = str(write_recipe(tmp_path / "tuned", checkpoint={"load": str(copy / "prune"), "save_interval": 1}))
     assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=1"]) == 0
-    if gone:
-        (copy / "prune").rename(copy / "elsewhere")
+    again = write_recipe(tmp_path / "again", checkpoint={"load": str(tmp_path / "tuned" / "run")})
+    assert cli.main(["pretrain", "-c", str(again)]) == 0
+    before = (copy / "prune").rename(copy / "elsewhere") if gone else copy / "prune"
     assert cli.main(["pretrain", "-c", recipe]) == 0
-    if gone:
-        (copy / "elsewhere").rename(copy / "prune")
-    tuned, before = stored(tmp_path / "tuned" / "run", "pretrain"), stored(copy, "prune")
-    assert not dict(zeros_lost(before, tuned))
-    name = "decoder.layers.1.mlp.linear_fc2.weight"
-    assert not torch.equal(tuned.read(name), before.read(name)), "it has trained"
-    assert metrics(tmp_path / "tuned" / "run", "pretrain")["sparsity"]["overall"] == pytest.approx(0.5)
+    for run in (tmp_path / "tuned" / "run", tmp_path / "again" / "run"):
+        tuned, masked = stored(run, "pretrain"), stored(copy, before.name)
+        assert not dict(zeros_lost(masked, tuned))
+        name = "decoder.layers.1.mlp.linear_fc2.weight"
+        assert not torch.equal(tuned.read(name), masked.read(name)), "it has trained"
+        assert metrics(run, "pretrain")["sparsity"]["overall"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["in one", "gone on with"])
+@pytest.mark.parametrize("gone", WHERE.values(), ids=WHERE)
+def test_zeros_are_held_through_a_rewind(copy: Path, tmp_path: Path, gone: bool, spikes: list[int]) -> None:
+    """Of a training that was gone on with, and has dropped the checkpoint that it then began with."""
+    settings = {"checkpoint": {"load": str(copy / "prune"), "save_interval": 1, "keep_last": 2}, "train": {"train_iters": 9}}
+    recipe = str(write_recipe(tmp_path / "tuned", **settings, guards={"spike_action": "rewind", "rewind_steps": 2}))
+    spikes += [7]
+    assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=3"]) == 0
+    before = (copy / "prune").rename(copy / "elsewhere") if gone else copy / "prune"
+    assert cli.main(["pretrain", "-c", recipe]) == 0
+    assert len(read_rewinds(tmp_path / "tuned" / "run" / "pretrain")) == 1
+    assert not dict(zeros_lost(stored(copy, before.name), stored(tmp_path / "tuned" / "run", "pretrain")))
+
+
+def test_a_zero_that_came_by_chance_may_go(copy: Path, tmp_path: Path) -> None:
+    """As weights of fp16 too small for it do: what counts are the zeros of the mask, also where only their number is left."""
+    folder = tmp_path / "tuned" / "run" / "pretrain"
+    recipe = str(write_recipe(tmp_path / "tuned", checkpoint={"load": str(copy / "prune"), "save_interval": 1}))
+    assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=1"]) == 0
+    assert json.loads((folder / "source.json").read_text())["zeros"] == metrics(copy, "prune")["sparsity"]["overall"]
+    (copy / "prune").rename(copy / "elsewhere")
+    noted = json.loads((folder / "source.json").read_text())
+    for share, code in ((0.51, 1), (0.49, 0)):
+        (folder / "source.json").write_text(json.dumps({**noted, "zeros": share}))
+        assert cli.main(["pretrain", "-c", recipe]) == code
+
+
+LOSING = {
+    "in one": (False, False, LOST),
+    "gone on with": (True, False, LOST),
+    "gone on with alone": (True, True, "has lost zeros of the model that it was made from"),
+}
+
+
+@pytest.mark.parametrize(("stopped", "gone", "told"), LOSING.values(), ids=LOSING)
 def test_training_that_has_lost_a_zero_fails(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stopped: bool
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stopped: bool, gone: bool, told: str
 ) -> None:
     settings = {"checkpoint": {"load": str(copy / "prune"), "save_interval": 1}, "optimizer": {"lr_decay_style": "constant"}}
     recipe = str(write_recipe(tmp_path / "tuned", **settings))
     if stopped:
         assert cli.main(["pretrain", "-c", recipe, "train.exit_iteration=1"]) == 0
+    if gone:
+        (copy / "prune").rename(copy / "elsewhere")
     monkeypatch.setattr("largeformer.training.masks._hold", lambda parameter, parts: None)
     assert cli.main(["pretrain", "-c", recipe]) == 1
-    assert ("has lost zeros of the model that it was made from" if stopped else LOST) in capfd.readouterr().err
+    assert told in capfd.readouterr().err
     assert not (tmp_path / "tuned" / "run" / "pretrain" / "manifest.json").exists()
 
 

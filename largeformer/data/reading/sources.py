@@ -124,17 +124,21 @@ def _glob(pattern: str) -> list[Path]:
         found = [Path(match) for match in glob.glob(pattern) if os.path.isfile(match)]
     else:
         roots = [Path(match) for match in glob.glob(os.path.join(*parts[:cut])) if os.path.isdir(match)] if cut else [Path()]
-        walked = ((root, file) for root in roots for file in _walk(root, skipped=set(), follow_links=True))
+        hidden = any(part.startswith(".") for part in parts[cut:])
+        walked = ((root, file) for root in roots for file in _walk(root, skipped=set(), follow_links=True, hidden=hidden))
         found = [file for root, file in walked if _matches(file.relative_to(root).parts, parts[cut:])]
     return _once(sorted(found, key=str), pattern)
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As in a shell, a name with a dot in front is meant only where its part of the pattern has one."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return _matches(parts, pattern[1:]) or (bool(parts) and not parts[0].startswith(".") and _matches(parts[1:], pattern))
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _check_readable(folder: str) -> None:
@@ -163,8 +167,8 @@ def _once(files: Sequence[Path], pattern: str) -> list[Path]:
     return [file for file in files if file in chosen]
 
 
-def _walk(root: Path, skipped: set[str], follow_links: bool) -> list[Path]:
-    """Every file below `root` in the order of its relative path, without hidden files and the folders named in `skipped`.
+def _walk(root: Path, skipped: set[str], follow_links: bool, hidden: bool = False) -> list[Path]:
+    """Every file below `root` in the order of its relative path, without the folders named in `skipped` and, unless wanted, what is hidden.
 
     A folder is read once: where it stands itself, else where the first link to it does. So links in a circle come to an end. Raises
     BadInputError where one cannot be read.
@@ -181,10 +185,10 @@ def _walk(root: Path, skipped: set[str], follow_links: bool) -> list[Path]:
                 subfolders.clear()
                 continue
             read.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in skipped)
+            subfolders[:] = sorted(name for name in subfolders if (hidden or not name.startswith(".")) and name not in skipped)
             if follow_links:
                 starts += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if hidden or not name.startswith(".")]
     return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
 
 

@@ -72,15 +72,14 @@ def check_text(recipe: Recipe, world: World, prepared: Artifact) -> None:
     _open(recipe, world, prepared, samples_to_train_on(recipe))
 
 
-def samples_to_train_on(recipe: Recipe, step: int = 0, read: int = 0, left_out: int = 0) -> int:
-    """How many samples a run may come to read: its own, and those that take the place of what is left out. One that is at `step`,
-    has `read` so many and `left_out` some of its own, may have begun behind what another run had read."""
+def samples_to_train_on(recipe: Recipe, step: int = 0, read: int = 0) -> int:
+    """How many samples a run may come to read, with those that take the place of what is left out, which brings the end of a ramp of batch
+    sizes nearer. One that begins at `step` goes on behind so many that another run had `read`. Alike in every process of a run."""
     from largeformer.data.ramp import BatchSizes
 
     train, sizes = recipe.train, BatchSizes(recipe.train)
     spare = recipe.guards.rewind_steps * train.global_batch_size if recipe.guards.rewinds else 0
-    behind = sizes.samples_after(train.train_iters - step, read) - left_out
-    return max(sizes.samples_after(train.train_iters), behind) + spare
+    return max(sizes.samples_after(train.train_iters, spare), sizes.samples_after(train.train_iters - step, read + spare))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from largeformer.stages.common import prepared_data
 from largeformer.stages.common.claim import CONFIG, belongs_to_another, forget_rewinds, holds_results, set_aside
 from largeformer.stages.common.weights import Source, find_source, shaped_like
 
-ORIGIN = "origin.json"
+ORIGIN, SOURCE = "origin.json", "source.json"
 _MODELS = ("import", "pretrain", "prune", "distill", "quantize")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largeformer.artifact import Artifact
-from largeformer.stages.common.inputs import ORIGIN
+from largeformer.stages.common.inputs import ORIGIN, SOURCE
 
 if TYPE_CHECKING:
     from largeformer.compression.pruning.sparsity import Readable
@@ -50,8 +50,10 @@ def sparsity_trained(world: World, start: Path, folder: Path, named: Callable[[s
 
 
 def is_sparse(checkpoint: Path) -> bool:
-    """Whether the zeros of a checkpoint are a mask, by what its stage says; one that works on models and has not finished says nothing, and
-    so they may be."""
+    """Whether the zeros of a checkpoint are a mask, by what its stage says; one that began with a model and has not finished says nothing,
+    and so they may be."""
     folder = checkpoint.absolute().parent.parent
     made_by = Artifact.read(folder)
-    return (folder / ORIGIN).exists() if made_by is None else "sparsity" in made_by.metrics
+    if made_by is not None:
+        return "sparsity" in made_by.metrics
+    return any((folder / name).exists() for name in (ORIGIN, SOURCE))

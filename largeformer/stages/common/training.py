@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from largeformer.models.gpt import GPT
     from largeformer.models.shards import Shard
     from largeformer.tracking.tracker import FanOut
-    from largeformer.training.checkpointing import Progress, Stateful, TrainingState
+    from largeformer.training.checkpointing import Stateful, TrainingState
     from largeformer.training.engine import Engine
     from largeformer.training.metrics import Machine
-    from largeformer.training.rewind import Rewind
     from largeformer.training.trainer import BatchSource, Outcome, Training
 
 LIBRARIES = ("largeformer", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
@@ -53,12 +52,13 @@ class TrainingJob:
     """What a training stage does, and how it differs from pretraining.
 
     kind, folder (named as the stage's entry is), identity, parents (by the names that the manifest gives them): of the artifact that it
-    ends with. continues: another stage's training that it goes on with, optimizer and progress too, while it has no checkpoint of its own.
-    start: a checkpoint whose weights it begins with, with a fresh optimizer; without both, they are initialised from the seed. named: what
-    a weight is called in there. extend: gives this rank's chunks parameters that are trained along and kept in checkpoints, and belong to
-    no model; what they hold. alter: called with the chunks and the model's shards, their weights loaded, before the engine takes them:
-    masks, another loss, fake quantization. accompany: called with the engine and the batches; what it returns is read in their place, so it
-    sees each global batch before the step. measure: further figures for the manifest, once training has ended.
+    ends with. continues: another stage's training that it goes on with, optimizer and progress too, while it has no checkpoint of its own;
+    behind: the steps and samples of that. start: a checkpoint whose weights it begins with, with a fresh optimizer; without both, they are
+    initialised from the seed. named: what a weight is called in there. extend: gives this rank's chunks parameters that are trained along
+    and kept in checkpoints, and belong to no model; what they hold. alter: called with the chunks and the model's shards, their weights
+    loaded, before the engine takes them: masks, another loss, fake quantization. accompany: called with the engine and the batches; what
+    it returns is read in their place, so it sees each global batch before the step. measure: further figures for the manifest, once
+    training has ended.
     """
 
     kind: str
@@ -73,6 +73,7 @@ class TrainingJob:
     named: Callable[[str], str] = str
     extend: Callable[[Sequence[GPT]], Sequence[Shard]] = lambda chunks: ()
     continues: Found | None = None
+    behind: tuple[int, int] = (0, 0)
 
 
 def train(recipe: Recipe, world: World, job: TrainingJob, cut_short: str | None) -> Artifact | None:
@@ -175,7 +176,7 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
         stopping=interruptions.announcer(recipe, job.folder.name),
         hanging=interruptions.hanging(recipe, job.folder.name),
     )
-    feed = build_feed(recipe, world, job.prepared, chunks, guards.watchdog, _samples(recipe, state.progress, rewinds))
+    feed = build_feed(recipe, world, job.prepared, chunks, guards.watchdog, samples_to_train_on(recipe, *job.behind))
     accompanied = job.accompany(engine, LeavingOut(feed.open_at, state.progress.samples, rewinds))
     training = Training(
         train=recipe.train,
@@ -199,11 +200,6 @@ def _assemble(recipe: Recipe, world: World, job: TrainingJob, wandb_run_id: str 
     )
     state.restore(training.parts)
     return training, tracker
-
-
-def _samples(recipe: Recipe, at: Progress, rewinds: Sequence[Rewind]) -> int:
-    left_out = sum(rewind.end - rewind.first for rewind in rewinds if rewind.first < at.samples)
-    return samples_to_train_on(recipe, at.step, at.samples, left_out)
 
 
 def _resume_from(checkpoints: Path, hashes: bool, continues: Found | None, world: World) -> Found | None:

@@ -126,6 +126,8 @@ def test_folder_and_glob_are_read_in_a_fixed_order(tmp_path: Path) -> None:
     ]
     assert source_files(f"{tmp_path}/*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
     assert source_files(f"{tmp_path}/**/*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "sub/c.txt"]
+    assert source_files(f"{tmp_path}/**/.git/*.txt") == [tmp_path / ".git/x.txt"], "what is hidden is named by its dot"
+    assert source_files(f"{tmp_path}/**/.*.txt") == [tmp_path / ".hidden.txt"]
 
 
 def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
