@@ -145,11 +145,11 @@ def _holding_its_own(world: World, job: TrainingJob, zeros: float) -> TrainingJo
 
 
 def _masked(checkpoint: Path) -> float | None:
-    """The share of zeros over all linear layers, where they are a mask."""
+    """The share of zeros over all linear layers, where they are a mask and there are any."""
     from largeformer.compression.pruning.sparsity import sparsity_metrics
     from largeformer.export.streaming import StoredTensors
 
-    return sparsity_metrics(StoredTensors.of_checkpoint(checkpoint))["overall"] if is_sparse(checkpoint) else None
+    return sparsity_metrics(StoredTensors.of_checkpoint(checkpoint))["overall"] or None if is_sparse(checkpoint) else None
 
 
 def _parents_in(folder: Path) -> Mapping[str, str]:
